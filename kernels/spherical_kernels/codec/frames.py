@@ -1,0 +1,57 @@
+"""Frames: the coordinates in which angles are measured and codes are written.
+
+A frame is a centre c and an invertible matrix A per (layer, KV head): y = A (x - c). A query meets
+the codes of y through its dual, B = A^-T, because q.(x - c) = (B q).(A (x - c)); a sum over coded
+values returns through the same matrix, x - c = B^T y. Both are applied once per step, never per token.
+
+The centre is one fixed vector per head, so q.c is one number per query. Two matrices are in use:
+
+hot          a fixed signed Hadamard rotation.
+calibrated   weights the channels, sorts them by importance into bands and rotates every band; pages
+             in this frame also hold their own centroid, in the frame's coordinates.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from .patterns import BANDS
+
+_EPSILON = 1e-6
+_SEED = 0x5EED
+
+
+@lru_cache(maxsize=None)
+def signed_hadamard(width: int) -> torch.Tensor:
+    """The data-free orthonormal rotation [width, width] float32, equal in every process.
+
+    Widths that are not powers of two rotate in blocks of their largest power-of-two divisor.
+    """
+    block = width & -width
+    hadamard = torch.ones(1, 1)
+    while hadamard.shape[0] < block:
+        hadamard = torch.cat(
+            [torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)]
+        )
+    signs = torch.randint(0, 2, (width,), generator=torch.Generator().manual_seed(_SEED)) * 2 - 1
+    return torch.block_diag(*[hadamard / block**0.5] * (width // block)) * signs
+
+
+def calibrated_frame(gain: torch.Tensor, spread: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The frame that equalises the expected error of what is read through it.
+
+    gain    [heads, d]  rms of what multiplies an error in each channel (the query, for keys)
+    spread  [heads, d]  rms of the channel around its page's centroid
+    Returns A and its dual B, both [heads, d, d] float32. A channel's weight sqrt(gain / spread)
+    minimises the error at equal bits; its importance gain * spread orders the channels.
+    """
+    heads, d = gain.shape
+    weight = ((gain + _EPSILON) / (spread + _EPSILON)).sqrt()
+    weight = weight / weight.log().mean(-1, keepdim=True).exp()  # keeps radii near the data's scale
+    order = torch.argsort(gain * spread, dim=-1, descending=True, stable=True)
+    rotation = torch.block_diag(*[signed_hadamard(d // BANDS)] * BANDS).to(gain.device)
+    sort = torch.zeros(heads, d, d, device=gain.device)
+    sort.scatter_(2, order.unsqueeze(-1), 1.0)  # row i picks channel order[i]
+    return rotation @ (sort * weight.unsqueeze(1)), rotation @ (sort / weight.unsqueeze(1))

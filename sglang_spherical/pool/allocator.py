@@ -1,0 +1,122 @@
+"""SGLang's paged allocator over blocks: logical page ids, and blocks counted in hot-token equivalents.
+
+Request-owned pages are hot and own H blocks. Pages owned by the radix tree may own fewer. Two free
+lists, of page ids and of blocks, are device tensors whose lengths are known on the host, so that no
+call waits for the device. `available_size() >= n` implies that a page-aligned alloc of n succeeds.
+"""
+
+from __future__ import annotations
+
+import torch
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator, alloc_extend_naive
+from sglang.srt.utils import get_num_new_pages
+
+from sglang_spherical.pool.kv_pool import SphericalKVPool
+
+
+class SphericalAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]
+    """Hands out token locations (page id * page_size + place) backed by blocks of the arena.
+
+    free_pages    int64, ids of unused logical pages
+    free_blocks   int32, blocks no page owns
+    """
+
+    def __init__(self, pool: SphericalKVPool, need_sort: bool = False) -> None:
+        self.pool = pool
+        super().__init__(
+            pool.size, pool.page_size, torch.uint8, pool.arena.device, kvcache=pool, need_sort=need_sort
+        )
+
+    def clear(self) -> None:
+        """All memory free again; page 0 keeps the first H blocks."""
+        super().clear()
+        layout, arena = self.pool.layout, self.pool.arena
+        self.free_pages = torch.arange(1, arena.num_pages, dtype=torch.int64, device=self.device)
+        first = layout.hot_blocks
+        self.free_blocks = torch.arange(
+            first, first + arena.num_blocks, dtype=torch.int32, device=self.device
+        )
+        self.pool.forget()
+
+    def available_size(self) -> int:
+        """Free memory in hot-token equivalents."""
+        return len(self.free_blocks) * self.pool.layout.unit_tokens
+
+    def pages_in_use(self) -> torch.Tensor:
+        """Ids of pages that own blocks, int64, page 0 left out. Waits for the device: not for hot paths."""
+        used = torch.ones(self.pool.arena.num_pages, dtype=torch.bool, device=self.device)
+        used[0] = False
+        used[self.free_pages] = used[self.release_pages] = False
+        return used.nonzero().squeeze(1)
+
+    def alloc(self, need_size: int) -> torch.Tensor | None:
+        """Token locations [need_size] of whole hot pages; None when memory is short."""
+        pages = self._take_pages(-(-need_size // self.page_size))
+        if pages is None:
+            return None
+        places = torch.arange(self.page_size, device=self.device)
+        return (pages.unsqueeze(1) * self.page_size + places).flatten()
+
+    def alloc_extend(
+        self,
+        prefix_lens: torch.Tensor,
+        prefix_lens_cpu: torch.Tensor,
+        seq_lens: torch.Tensor,
+        seq_lens_cpu: torch.Tensor,
+        last_loc: torch.Tensor,
+        extend_num_tokens: int,
+        num_new_pages: int | None = None,
+    ) -> torch.Tensor | None:
+        """Locations [extend_num_tokens] of new tokens after each request's prefix; None when short."""
+        if num_new_pages is None:
+            num_new_pages = get_num_new_pages(
+                seq_lens=seq_lens_cpu, page_size=self.page_size, prefix_lens=prefix_lens_cpu
+            )
+        pages = self._take_pages(num_new_pages)
+        if pages is None:
+            return None
+        out = torch.empty(extend_num_tokens, dtype=torch.int64, device=self.device)
+        alloc_extend_naive(
+            prefix_lens, seq_lens, last_loc, pages, out, self.page_size, self.device
+        )
+        return out
+
+    def alloc_decode(
+        self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Location [batch] of each request's next token; None when memory is short."""
+        opens_page = seq_lens_cpu % self.page_size == 1
+        pages = self._take_pages(int(opens_page.sum()))
+        if pages is None:
+            return None
+        out = last_loc + 1
+        out[opens_page.to(self.device)] = pages * self.page_size
+        return out
+
+    def free_at_level(self, pages: torch.Tensor, level: int) -> None:
+        """Frees tree-owned pages int64 [n], all at one level."""
+        owned = self.pool.layout.blocks[level]
+        blocks = self.pool.arena.page_blocks[pages, :owned].flatten()
+        self.free_blocks = torch.cat((blocks, self.free_blocks))
+        super()._release_page_ids(pages)
+
+    def lower(self, pages: torch.Tensor, old: int, new: int) -> None:
+        """Re-encodes tree-owned full pages int64 [n] from level `old` to a coarser `new`."""
+        blocks = self.pool.lower(pages, old, new)
+        self.free_blocks = torch.cat((blocks, self.free_blocks))
+
+    def _take_pages(self, count: int) -> torch.Tensor | None:
+        """Ids [count] of new hot pages, placed on blocks; None when memory is short."""
+        blocks = count * self.pool.layout.hot_blocks
+        if blocks > len(self.free_blocks):
+            return None
+        if count > len(self.free_pages):
+            self.merge_and_sort_free()
+        pages, self.free_pages = self.free_pages[:count], self.free_pages[count:]
+        taken, self.free_blocks = self.free_blocks[:blocks], self.free_blocks[blocks:]
+        self.pool.arena.place_pages(pages, taken.view(count, -1))
+        return pages
+
+    def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
+        # SGLang's own frees end here: request-owned pages, which are hot.
+        self.free_at_level(torch.cat(page_ids), 0)

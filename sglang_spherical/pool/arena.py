@@ -1,0 +1,116 @@
+"""The arena: one buffer of bytes, and the tables that say which of them a page owns.
+
+    page_blocks[page, :n(level)]            blocks of the page, [0, n(level)) is valid
+    descriptors[layer, page, head, side]    pattern and place (block of the page, offset) of a slice
+
+A slice's address is page_blocks[page, slot] * block_bytes + offset. Page 0 is SGLang's padding sink:
+it owns the first H blocks for good, so that padded rows read and write real storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from spherical_kernels.codec.slices import SliceLayout
+
+from sglang_spherical.pool.layout import SIDES, PageLayout, split_descriptor
+
+KEYS, VALUES = 0, 1
+
+
+class Arena:
+    """Bytes and tables of one rank.
+
+    num_blocks  blocks of capacity; H more are held for page 0
+    num_pages   logical page ids, page 0 included
+    region      where the bytes are allocated (SGLang's memory saver); the tables lie outside it
+    """
+
+    def __init__(
+        self,
+        layout: PageLayout,
+        num_blocks: int,
+        num_pages: int,
+        device: torch.device | str,
+        region: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.num_pages = num_pages
+        blocks = num_blocks + layout.hot_blocks
+        with region():
+            self.bytes = torch.zeros(blocks * layout.block_bytes, dtype=torch.uint8, device=device)
+        self._words = self.bytes.view(torch.int64)
+        self._halves = self.bytes.view(torch.float16)
+        table = (layout.layers, num_pages, layout.kv_heads, SIDES)
+        self.descriptors = torch.zeros(table, dtype=torch.int32, device=device)
+        self.page_blocks = torch.zeros(
+            num_pages, layout.hot_blocks, dtype=torch.int32, device=device
+        )
+        self._templates = [layout.descriptors(i).to(device) for i in range(len(layout.levels))]
+        sink = torch.arange(layout.hot_blocks, device=device)
+        self.place_pages(torch.zeros(1, dtype=torch.int64, device=device), sink.unsqueeze(0))
+
+    @property
+    def device(self) -> torch.device:
+        return self.bytes.device
+
+    @property
+    def table_bytes(self) -> int:
+        """Memory of the descriptors and block tables."""
+        return 4 * (self.descriptors.numel() + self.page_blocks.numel())
+
+    def place_pages(self, pages: torch.Tensor, blocks: torch.Tensor) -> None:
+        """Makes pages [n] hot pages on blocks [n, H]."""
+        self.page_blocks[pages] = blocks.to(torch.int32)
+        self.set_level(pages, 0)
+
+    def set_level(self, pages: torch.Tensor, level: int) -> None:
+        """Gives pages [n] the uniform descriptors of a level; their bytes are the caller's matter."""
+        self.descriptors[:, pages] = self._templates[level].unsqueeze(1)
+
+    def locate(self, pages: torch.Tensor, layer: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pattern ids and byte addresses of the slices of pages [n].
+
+        Both int64 [n, kv_heads, 2], or [layers, n, kv_heads, 2] for all layers at once.
+        """
+        table = self.descriptors if layer is None else self.descriptors[layer]
+        pattern, slot, offset = split_descriptor(table[..., pages, :, :])
+        block = self.page_blocks[pages.view(-1, 1, 1), slot]
+        return pattern, block.long() * self.layout.block_bytes + offset
+
+    def read_slices(self, layout: SliceLayout, addresses: torch.Tensor) -> torch.Tensor:
+        """The slices at byte addresses [n], uint8 [n, size_bytes]."""
+        return self._words[self._word_index(layout, addresses)].view(torch.uint8)
+
+    def write_slices(self, layout: SliceLayout, addresses: torch.Tensor, slices: torch.Tensor) -> None:
+        """slices uint8 [n, size_bytes] to byte addresses [n]."""
+        self._words[self._word_index(layout, addresses)] = slices.view(torch.int64)
+
+    def write_tokens(
+        self,
+        layout: SliceLayout,
+        addresses: torch.Tensor,
+        tokens: torch.Tensor,
+        rows: torch.Tensor,
+        radii: torch.Tensor,
+    ) -> None:
+        """New tokens into hot slices.
+
+        addresses  int64 [n, heads], byte address of the slice of each token
+        tokens     int64 [n], place of the token in its page
+        rows       uint8 [n, heads, row_bytes], packed codes
+        radii      float16 [n, heads]
+        """
+        (plane,) = layout.planes
+        start = addresses + plane.offset_bytes + (tokens * plane.row_bytes).unsqueeze(-1)
+        words = torch.arange(plane.row_bytes // 8, device=self.device)
+        self._words[(start // 8).unsqueeze(-1) + words] = rows.view(torch.int64)
+        at = addresses + layout.radii_offset_bytes + (tokens * 2).unsqueeze(-1)
+        self._halves[at // 2] = radii
+
+    def _word_index(self, layout: SliceLayout, addresses: torch.Tensor) -> torch.Tensor:
+        words = torch.arange(layout.size_bytes // 8, device=self.device)
+        return (addresses // 8).unsqueeze(-1) + words

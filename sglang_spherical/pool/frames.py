@@ -1,0 +1,147 @@
+"""Centres and calibrated frames of every (layer, KV head) of this rank.
+
+Without a calibration file both come from the first prompts: a layer's centre is frozen at the first
+prefill of at least `CENTRE_TOKENS` tokens, and the calibrated frames before the first re-tier, from
+statistics gathered while everything is hot. Both then hold until the cache is flushed, because
+every page written since depends on them.
+"""
+
+from __future__ import annotations
+
+import torch
+from spherical_kernels.codec.frames import calibrated_frame, signed_hadamard
+from spherical_kernels.codec.patterns import FrameKind
+
+from sglang_spherical.pool.arena import KEYS, VALUES
+from sglang_spherical.pool.layout import SIDES
+
+CENTRE_TOKENS = 64
+"""Tokens of the first prefill whose mean may become a centre: fewer say little (a warm-up prompt)."""
+
+SINK_TOKENS = 4
+"""First positions, whose keys and values are unlike all others and are left out of statistics."""
+
+
+class HeadStatistics:
+    """Sums over observed tokens, per layer and KV head: squared queries, keys and values.
+
+    Keys and values are taken around the mean of each run of `page_size` tokens, as pages will be.
+    """
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, device: torch.device | str) -> None:
+        shape = (layers, kv_heads, head_dim)
+        self.query_square = torch.zeros(shape, device=device)
+        self.spread_square = torch.zeros(SIDES, *shape, device=device)
+        self.query_count = [0] * layers
+        self.spread_count = [0] * layers
+
+    def add(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, page_size: int) -> None:
+        """q [n, kv_heads, group, d], k and v [n, kv_heads, d], float32, n consecutive tokens."""
+        whole = len(k) // page_size * page_size
+        self.query_square[layer] += q.square().sum((0, 2))
+        self.query_count[layer] += q.shape[0] * q.shape[2]
+        for side, x in ((KEYS, k), (VALUES, v)):
+            runs = x[:whole].unflatten(0, (-1, page_size))
+            self.spread_square[side, layer] += (runs - runs.mean(1, keepdim=True)).square().sum((0, 1))
+        self.spread_count[layer] += whole
+
+    def reset(self) -> None:
+        """Forgets everything observed."""
+        self.query_square.zero_()
+        self.spread_square.zero_()
+        self.query_count = [0] * len(self.query_count)
+        self.spread_count = [0] * len(self.spread_count)
+
+
+class Frames:
+    """Frames of one rank, at fixed addresses.
+
+    centre  float32 [2, layers, kv_heads, d]   of keys and of values
+    matrix  float32 [2, layers, kv_heads, d, d]  A of the calibrated frames
+    dual    float32 [2, layers, kv_heads, d, d]  B of the calibrated frames
+    """
+
+    def __init__(
+        self, layers: int, kv_heads: int, head_dim: int, page_size: int, device: torch.device | str
+    ) -> None:
+        self.page_size = page_size
+        self.rotation = signed_hadamard(head_dim).to(device)
+        shape = (SIDES, layers, kv_heads, head_dim)
+        self.centre = torch.zeros(shape, device=device)
+        self.matrix = torch.zeros(*shape, head_dim, device=device)
+        self.dual = torch.zeros(*shape, head_dim, device=device)
+        self.statistics = HeadStatistics(layers, kv_heads, head_dim, device)
+        self.centred = [False] * layers
+        self.calibrated = False
+        self.from_file = False
+
+    def duals(self, kind: FrameKind, layer: int, side: int) -> torch.Tensor:
+        """B of a layer's heads: [kv_heads, d, d]."""
+        if kind is FrameKind.HOT:
+            return self.rotation.expand(self.centre.shape[2], -1, -1)
+        return self.dual[side, layer]
+
+    def matrices(self, kind: FrameKind, layer: int, side: int) -> torch.Tensor:
+        """A of a layer's heads: [kv_heads, d, d]."""
+        if kind is FrameKind.HOT:
+            return self.rotation.expand(self.centre.shape[2], -1, -1)
+        return self.matrix[side, layer]
+
+    def observe(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """Statistics of a prefill's tokens; nothing once the frames are calibrated.
+
+        q [n, q_heads, d], k and v [n, kv_heads, d] in the model's dtype, positions [n].
+        """
+        if self.calibrated:
+            return
+        keep = positions >= SINK_TOKENS
+        grouped = q[keep].float().unflatten(1, (k.shape[1], -1))
+        self.statistics.add(layer, grouped, k[keep].float(), v[keep].float(), self.page_size)
+
+    def new_centre(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+        """The centre [2, kv_heads, d] that these tokens call for; None when the layer's is frozen already."""
+        if self.centred[layer] or len(k) < CENTRE_TOKENS:
+            return None
+        keep = positions >= SINK_TOKENS
+        if int(keep.sum()) < CENTRE_TOKENS // 2:
+            return None
+        return torch.stack([k[keep].float().mean(0), v[keep].float().mean(0)])
+
+    def freeze_centre(self, layer: int, centre: torch.Tensor) -> None:
+        """Sets a layer's centre [2, kv_heads, d] until the cache is flushed."""
+        self.centre[:, layer] = centre
+        self.centred[layer] = True
+
+    def calibrate(self) -> None:
+        """Freezes the calibrated frames from what has been observed. Does nothing the second time.
+
+        Raises RuntimeError when a layer has seen less than one page of tokens.
+        """
+        if self.calibrated:
+            return
+        seen = self.statistics
+        if min(seen.spread_count) == 0:
+            raise RuntimeError("frames: cannot calibrate before a prefill of one page")
+        for layer, (queries, spreads) in enumerate(zip(seen.query_count, seen.spread_count)):
+            spread = (seen.spread_square[:, layer] / spreads).sqrt()
+            gain = (seen.query_square[layer] / queries).sqrt()
+            for side, side_gain in ((KEYS, gain), (VALUES, torch.ones_like(gain))):
+                matrix, dual = calibrated_frame(side_gain, spread[side])
+                self.matrix[side, layer], self.dual[side, layer] = matrix, dual
+        self.calibrated = True
+
+    @property
+    def ready(self) -> bool:
+        """Whether pages may be re-tiered: calibrated, or enough seen to be."""
+        return self.calibrated or min(self.statistics.spread_count) > 0
+
+    def reset(self) -> None:
+        """Forgets what was gathered online; frames from a file stay."""
+        if self.from_file:
+            return
+        self.centre.zero_()
+        self.centred = [False] * len(self.centred)
+        self.calibrated = False
+        self.statistics.reset()

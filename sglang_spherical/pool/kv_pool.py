@@ -1,0 +1,123 @@
+"""SGLang's KVCache, holding codes: new tokens go into hot pages, nothing dense is kept.
+
+Subclasses `KVCache` and not `MHATokenToKVPool`, and calls itself uint8: either would invite SGLang's
+fused kernels to write dense keys into the arena.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
+from sglang.srt.mem_cache.memory_pool import KVCache
+from spherical_kernels.codec.pages import code_directions
+from spherical_kernels.codec.slices import pack_digits
+
+from sglang_spherical.pool.arena import Arena
+from sglang_spherical.pool.frames import Frames
+from sglang_spherical.pool.layout import PageLayout
+from sglang_spherical.pool.retier import lower_pages, recentre_pages
+
+
+class SphericalKVPool(KVCache):  # type: ignore[misc]
+    """The memory of one rank.
+
+    size  capacity in hot-token equivalents, a multiple of the page size
+    """
+
+    def __init__(
+        self,
+        size: int,
+        layout: PageLayout,
+        device: str,
+        enable_memory_saver: bool,
+        start_layer: int,
+        end_layer: int,
+    ) -> None:
+        super().__init__(
+            size, layout.page_size, torch.uint8, layout.layers, device, enable_memory_saver, start_layer, end_layer
+        )
+        self.layout = layout
+        self.head_num = layout.kv_heads
+        self.head_dim = self.v_head_dim = layout.head_dim
+        hot_pages = size // layout.page_size
+        self.arena = Arena(
+            layout,
+            hot_pages * layout.hot_blocks,
+            1 + int(hot_pages * layout.logical_pages_per_hot_page),
+            device,
+            lambda: self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE),
+        )
+        self.frames = Frames(layout.layers, layout.kv_heads, layout.head_dim, layout.page_size, device)
+        self._finalize_allocation_log(size)
+
+    def set_kv_buffer(
+        self,
+        layer: Any,
+        loc_info: Any,
+        cache_k: torch.Tensor,
+        cache_v: torch.Tensor,
+        k_scale: object = None,
+        v_scale: object = None,
+    ) -> None:
+        """Codes new keys and values [n, kv_heads, d] into the hot pages of token locations [n]."""
+        if k_scale is not None or v_scale is not None:
+            raise ValueError("k_scale, v_scale: spherical pages carry radii; quantised keys are not accepted")
+        loc = getattr(loc_info, "loc", loc_info)
+        index = layer.layer_id - self.start_layer
+        pages, tokens = loc // self.page_size, loc % self.page_size
+        _, addresses = self.arena.locate(pages, index)
+        for side, x in enumerate((cache_k, cache_v)):
+            slices = self.layout.side_layouts(0)[side]
+            y = (x.float() - self.frames.centre[side, index]) @ self.frames.rotation.T
+            codes, radii = code_directions(y, slices.pattern.bits[0])
+            rows = pack_digits(codes, slices.planes[0].bits)
+            self.arena.write_tokens(slices, addresses[..., side], tokens, rows, radii.squeeze(-1).half())
+
+    def observe(
+        self,
+        layer: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        pages_in_use: Callable[[], torch.Tensor],
+    ) -> None:
+        """Lets the frames learn from a prefill, before its tokens are written.
+
+        pages_in_use  ids int64 [n] of pages that hold anything, asked once per layer
+        """
+        index = layer.layer_id - self.start_layer
+        centre = self.frames.new_centre(index, k, v, positions)
+        if centre is not None:
+            recentre_pages(self.arena, self.frames, index, pages_in_use(), centre)
+            self.frames.freeze_centre(index, centre)
+        self.frames.observe(index, q, k, v, positions)
+
+    def lower(self, pages: torch.Tensor, old: int, new: int) -> torch.Tensor:
+        """Re-encodes full pages [n] from level `old` to `new`; returns the blocks given back."""
+        return lower_pages(self.arena, self.frames, pages, old, new)
+
+    def forget(self) -> None:
+        """The cache was flushed: frames gathered online start again."""
+        self.frames.reset()
+
+    def get_kv_size_bytes(self) -> int:
+        return self.arena.bytes.numel() + self.arena.table_bytes
+
+    def get_key_buffer(self, layer_id: int) -> NoReturn:
+        raise NotImplementedError("a spherical pool holds no dense keys: attend to its codes instead")
+
+    def get_value_buffer(self, layer_id: int) -> NoReturn:
+        raise NotImplementedError("a spherical pool holds no dense values: attend to its codes instead")
+
+    def get_kv_buffer(self, layer_id: int) -> NoReturn:
+        raise NotImplementedError("a spherical pool holds no dense keys or values")
+
+    def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> NoReturn:
+        raise NotImplementedError("spherical pages are not moved token by token")
+
+    def get_contiguous_buf_infos(self) -> NoReturn:
+        raise NotImplementedError("PD disaggregation cannot transfer spherical pages yet")

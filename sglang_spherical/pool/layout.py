@@ -1,0 +1,216 @@
+"""PageLayout: the only owner of byte offsets in the arena.
+
+The arena is cut into equal blocks. A page (all layers and KV heads of this rank) at a level owns
+n(level) whole blocks; its slices, keys and values of every (layer, head) in order, are packed into
+them and never straddle a block. A hot page owns H blocks and H divides the page size, so that a
+page at any level costs an integer number of hot-token equivalents and free memory is one count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from spherical_kernels.codec.patterns import PATTERN_ID, FrameKind, Pattern
+from spherical_kernels.codec.slices import ALIGNMENT, SliceLayout, slice_layout
+
+from sglang_spherical.config import SphericalConfig
+from sglang_spherical.errors import StartupError
+
+# Places of a descriptor's fields, low bits first. The sign bit stays clear.
+PATTERN_BITS, SLOT_BITS, OFFSET_BITS = 4, 6, 21
+SLACK = 1.08  # how much larger than needed for hot pages a block may be made for the others' sake
+CANDIDATES = 48  # block sizes tried for every H
+SIDES = 2  # keys, values
+
+
+@dataclass(frozen=True)
+class Level:
+    """One rung of the precision ladder: the patterns of every key and value slice of a page."""
+
+    name: str
+    keys: Pattern
+    values: Pattern
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Bytes of a page at every level.
+
+    levels         finest first; level 0 is hot
+    slices         layers * kv_heads of this rank
+    hot_blocks     H, blocks of a hot page; divides page_size
+    block_bytes    bytes of a block, a multiple of `ALIGNMENT`
+    """
+
+    page_size: int
+    head_dim: int
+    layers: int
+    kv_heads: int
+    levels: tuple[Level, ...]
+    hot_blocks: int
+    block_bytes: int
+
+    @classmethod
+    def fit(
+        cls, page_size: int, head_dim: int, layers: int, kv_heads: int, levels: tuple[Level, ...]
+    ) -> PageLayout:
+        """The layout whose pages, over all levels, waste the least.
+
+        Raises StartupError when the head dimension or the page size cannot be packed.
+        """
+        best: tuple[float, PageLayout] | None = None
+        for hot_blocks in (h for h in range(1, page_size + 1) if page_size % h == 0):
+            sides = [level_sides(level, page_size, head_dim) for level in levels]
+            for block_bytes in _block_sizes(sides, layers * kv_heads, hot_blocks):
+                layout = cls(page_size, head_dim, layers, kv_heads, levels, hot_blocks, block_bytes)
+                if layout.blocks[0] != hot_blocks or block_bytes // ALIGNMENT >> OFFSET_BITS:
+                    continue
+                waste = layout.relative_size()
+                if best is None or waste < best[0]:
+                    best = waste, layout
+        if best is None:
+            raise StartupError(
+                f"--page-size {page_size}: no block size packs {layers} layers of {kv_heads} KV heads "
+                f"of dimension {head_dim}; use a larger page size"
+            )
+        return best[1]
+
+    @cached_property
+    def blocks(self) -> tuple[int, ...]:
+        """Blocks of a page, by level."""
+        return tuple(max(block for block, _ in places) + 1 for places in self._places)
+
+    @property
+    def unit_tokens(self) -> int:
+        """Hot-token equivalents of one block."""
+        return self.page_size // self.hot_blocks
+
+    @cached_property
+    def cost_tokens(self) -> tuple[int, ...]:
+        """Hot-token equivalents of a page, by level; `page_size` at level 0."""
+        return tuple(blocks * self.unit_tokens for blocks in self.blocks)
+
+    @property
+    def table_bytes(self) -> int:
+        """Descriptors and block table of one logical page."""
+        return 4 * (self.layers * self.kv_heads * SIDES + self.hot_blocks)
+
+    @property
+    def logical_pages_per_hot_page(self) -> float:
+        """Ids to keep so that they never run out before blocks do."""
+        return self.hot_blocks / min(self.blocks)
+
+    @property
+    def hot_bytes_per_token(self) -> int:
+        """What a token of capacity costs: its blocks and its share of the tables, rounded up."""
+        tables = self.table_bytes * self.logical_pages_per_hot_page
+        return -int(-(self.hot_blocks * self.block_bytes + tables) // self.page_size)
+
+    def bytes_per_token(self, level: int) -> float:
+        """Arena bytes and tables of one token cached at `level`."""
+        return (self.blocks[level] * self.block_bytes + self.table_bytes) / self.page_size
+
+    def dense_bytes_per_token(self, element_bytes: int = 2) -> int:
+        """The same token in a dense pool."""
+        return SIDES * self.layers * self.kv_heads * self.head_dim * element_bytes
+
+    def side_layouts(self, level: int) -> tuple[SliceLayout, SliceLayout]:
+        """Slice layouts of keys and values at a level."""
+        return level_sides(self.levels[level], self.page_size, self.head_dim)
+
+    def relative_size(self) -> float:
+        """Page bytes over the bytes of their slices, averaged over the levels."""
+        ratios = []
+        for level, blocks in enumerate(self.blocks):
+            pair = sum(side.size_bytes for side in self.side_layouts(level))
+            ratios.append(blocks * self.block_bytes / (self.layers * self.kv_heads * pair))
+        return sum(ratios) / len(ratios)
+
+    @cached_property
+    def _places(self) -> tuple[list[tuple[int, int]], ...]:
+        """(block of the page, byte offset) of every slice in order layer, head, side; by level."""
+        places = []
+        for level in range(len(self.levels)):
+            keys, values = self.side_layouts(level)
+            sizes = keys.size_bytes, values.size_bytes
+            places.append(_pack(sizes, self.layers * self.kv_heads, self.block_bytes))
+        return tuple(places)
+
+    def descriptors(self, level: int) -> torch.Tensor:
+        """Descriptors of a uniform page: int32 [layers, kv_heads, 2 (keys, values)]."""
+        rung = self.levels[level]
+        ids = [PATTERN_ID[rung.keys], PATTERN_ID[rung.values]]
+        words = [
+            pattern | slot << PATTERN_BITS | offset // ALIGNMENT << (PATTERN_BITS + SLOT_BITS)
+            for (slot, offset), pattern in zip(self._places[level], ids * (len(self._places[level]) // 2))
+        ]
+        return torch.tensor(words, dtype=torch.int32).view(self.layers, self.kv_heads, SIDES)
+
+
+def _pack(sizes: tuple[int, int], count: int, block_bytes: int) -> list[tuple[int, int]]:
+    """(block, offset) of `count` key and `count` value slices, in order key, value, key, value, ...
+
+    A block takes the side that lags behind, or the other one where only that still fits.
+    """
+    places: list[list[tuple[int, int]]] = [[], []]
+    block, used = 0, 0
+    while len(places[0]) < count or len(places[1]) < count:
+        lagging = 0 if len(places[0]) <= len(places[1]) else 1
+        for side in (lagging, 1 - lagging):
+            if len(places[side]) < count and used + sizes[side] <= block_bytes:
+                places[side].append((block, used))
+                used += sizes[side]
+                break
+        else:
+            block, used = block + 1, 0
+    return [place for pair in zip(*places, strict=True) for place in pair]
+
+
+def _block_sizes(layouts: list[tuple[SliceLayout, SliceLayout]], count: int, hot_blocks: int) -> list[int]:
+    """Candidate block sizes, from what `count` hot slices of each side need in H blocks to `SLACK` more."""
+    needed = -(-count * 2 // hot_blocks) * layouts[0][0].size_bytes
+    if needed < max(side.size_bytes for pair in layouts for side in pair):
+        return []
+    top = int(needed * SLACK)
+    step = max(ALIGNMENT, (top - needed) // CANDIDATES // ALIGNMENT * ALIGNMENT)
+    fitted = {side.size_bytes * (top // side.size_bytes) for pair in layouts for side in pair}
+    return sorted({n for n in fitted if n >= needed} | set(range(needed, top + 1, step)))
+
+
+def level_sides(level: Level, page_size: int, head_dim: int) -> tuple[SliceLayout, SliceLayout]:
+    """Slice layouts of a level's keys and values."""
+    return (
+        slice_layout(level.keys, page_size, head_dim),
+        slice_layout(level.values, page_size, head_dim),
+    )
+
+
+def split_descriptor(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Descriptors int32 -> pattern id, block of the page, byte offset in the block (all int64)."""
+    words = words.long()
+    slot = words >> PATTERN_BITS & ((1 << SLOT_BITS) - 1)
+    return words & ((1 << PATTERN_BITS) - 1), slot, (words >> (PATTERN_BITS + SLOT_BITS)) * ALIGNMENT
+
+
+def _calibrated(*bits: int) -> Pattern:
+    return Pattern(FrameKind.CALIBRATED, bits)
+
+
+_TIER_PATTERNS = {
+    ("hot", 8): (Pattern(FrameKind.HOT, (8,)),) * 2,
+    ("hot", 4): (Pattern(FrameKind.HOT, (4,)),) * 2,
+    ("calibrated", 4): (_calibrated(6, 4, 4, 2), _calibrated(4, 4, 4, 4)),
+    ("calibrated", 3): (_calibrated(4, 4, 2, 2), _calibrated(4, 4, 2, 2)),
+    ("calibrated", 2): (_calibrated(4, 2, 2, 2), _calibrated(2, 2, 2, 2)),
+}
+"""Key and value patterns by frame and code bits: chosen by fidelity at equal bytes (docs/format.md)."""
+
+
+def default_levels(config: SphericalConfig) -> tuple[Level, ...]:
+    """hot, warm and cold with the patterns that the bits of `config` name."""
+    hot = _TIER_PATTERNS["hot", config.hot_bits]
+    warm = _TIER_PATTERNS["calibrated", config.warm_bits]
+    cold = _TIER_PATTERNS["calibrated", config.cold_bits]
+    return Level("hot", *hot), Level("warm", *warm), Level("cold", *cold)

@@ -1,0 +1,192 @@
+"""SGLang's radix tree with a level per page.
+
+SGLang's own counters go on counting tokens. Beside them the tree counts what its nodes have saved,
+in hot-token equivalents, split as SGLang splits them (evictable, protected); a size is their
+difference, so that free + evictable + protected + request-owned always equals the capacity.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.radix_cache import RadixCache
+
+from sglang_spherical.config import BUDGETS, SphericalConfig
+from sglang_spherical.pool.allocator import SphericalAllocator
+from sglang_spherical.retention.executor import execute
+from sglang_spherical.retention.operations import NodeView
+from sglang_spherical.retention.policy import relieve, settle
+
+Node = Any  # sglang's TreeNode, plus `levels`: uint8 [pages]
+
+
+class SphericalRadixCache(RadixCache):  # type: ignore[misc]
+    """A prefix tree that lowers precision before it forgets.
+
+    saved_evictable, saved_protected   hot-token equivalents saved by unlocked and by locked nodes
+    """
+
+    def __init__(self, params: CacheInitParams, config: SphericalConfig) -> None:
+        self.allocator: SphericalAllocator = params.token_to_kv_pool_allocator
+        self.layout = self.allocator.pool.layout
+        self.budget = BUDGETS.index(config.budget)
+        self.coldest = len(self.layout.levels) - 1
+        self.watermark = config.watermark
+        self.recent_tokens = config.recent_tokens
+        self.inserted_node: Node = None
+        super().__init__(params)
+
+    def reset(self) -> None:
+        super().reset()
+        self.saved_evictable = 0
+        self.saved_protected = 0
+
+    # --- sizes -----------------------------------------------------------------------------------
+
+    def evictable_size(self) -> int:
+        """Hot-token equivalents held by unlocked nodes."""
+        return int(self.evictable_size_ - self.saved_evictable)
+
+    def protected_size(self) -> int:
+        """Hot-token equivalents held by locked nodes."""
+        return int(self.protected_size_ - self.saved_protected)
+
+    def saved_tokens(self, node: Node) -> int:
+        """What a node's pages save against being hot, in hot-token equivalents."""
+        costs = np.asarray(self.layout.cost_tokens)
+        return int((self.page_size - costs[node.levels]).sum())
+
+    def page_ids(self, node: Node) -> torch.Tensor:
+        """Logical pages of a node, int64 [pages]."""
+        pages: torch.Tensor = node.value[:: self.page_size] // self.page_size
+        return pages
+
+    # --- SGLang's structure, with levels kept beside it --------------------------------------------
+
+    def _insert_helper(self, node: Node, key: Any, value: Any, priority: int = 0, chunked: bool = False) -> tuple[int, Node]:
+        length = len(key)
+        prefix_length, last = super()._insert_helper(node, key, value, priority, chunked)
+        if prefix_length < length:
+            last.levels = np.zeros((length - prefix_length) // self.page_size, np.uint8)
+        self.inserted_node = last
+        return prefix_length, last
+
+    def _split_node(self, key: Any, child: Node, split_len: int) -> Node:
+        upper = super()._split_node(key, child, split_len)
+        at = split_len // self.page_size
+        upper.levels, child.levels = child.levels[:at].copy(), child.levels[at:].copy()
+        return upper
+
+    def _delete_leaf(self, node: Node) -> None:
+        self.saved_evictable -= self.saved_tokens(node)
+        super()._delete_leaf(node)
+
+    def inc_lock_ref(self, node: Node) -> Any:
+        newly = [n for n in self._path(node) if n.lock_ref == 0]
+        result = super().inc_lock_ref(node)
+        self._move_savings(newly, 1)
+        return result
+
+    def dec_lock_ref(self, node: Node, params: Any = None) -> Any:
+        released = [n for n in self._path(node) if n.lock_ref == 1]
+        result = super().dec_lock_ref(node, params)
+        self._move_savings(released, -1)
+        return result
+
+    def _move_savings(self, nodes: list[Node], direction: int) -> None:
+        if self.disable:
+            return
+        saved = direction * sum(self.saved_tokens(node) for node in nodes)
+        self.saved_evictable -= saved
+        self.saved_protected += saved
+
+    def record_levels(self, node: Node, pages: NDArray[np.int64], level: int) -> None:
+        """Books pages (indices into the node) as being at `level`."""
+        before = self.saved_tokens(node)
+        node.levels[pages] = level
+        gained = self.saved_tokens(node) - before
+        if node.lock_ref:
+            self.saved_protected += gained
+        else:
+            self.saved_evictable += gained
+
+    # --- events: insert, evict ---------------------------------------------------------------------
+
+    def cache_unfinished_req(self, req: Any, chunked: bool = False) -> None:
+        super().cache_unfinished_req(req, chunked=chunked)
+        # A chunked prompt's pages may still be written, and its next chunk shall see them hot.
+        if not self.disable and not chunked:
+            self._settle(req.last_node, len(req.get_fill_ids()))
+
+    def cache_finished_req(self, req: Any, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
+        super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle)
+        if not self.disable and is_insert and not self.disable_finished_insert:
+            self._settle(self.inserted_node, kv_len_to_handle)
+
+    def _settle(self, node: Node, length: int) -> None:
+        """Gives the prefix that ends in `node` its budget; its newest tokens stay hot."""
+        used = 1.0 - self.allocator.available_size() / self.allocator.size
+        if self.budget == 0 or used < self.watermark or not self.allocator.pool.frames.ready:
+            return
+        path = self._views(list(self._path(node))[::-1])
+        end_page = max(0, length - self.recent_tokens) // self.page_size
+        execute(self, settle(path, self.budget, end_page))
+
+    def evict(self, params: EvictParams) -> EvictResult:
+        """Frees at least `num_tokens` hot-token equivalents: lower the oldest, then drop them."""
+        if self.disable:
+            return EvictResult()
+        start = time.perf_counter()
+        coldest = self.coldest if self.allocator.pool.frames.ready else 0
+        operations = relieve(self._unlocked(), params.num_tokens, self.layout.cost_tokens, coldest)
+        gained = execute(self, operations)
+        self.update_eviction_metrics(gained, start)
+        return EvictResult(num_tokens_evicted=gained)
+
+    def drop(self, node: Node) -> None:
+        """Forgets an unlocked leaf and frees its pages."""
+        pages = self.page_ids(node)
+        for level in np.unique(node.levels):
+            chosen = torch.from_numpy(np.flatnonzero(node.levels == level)).to(pages.device)
+            self.allocator.free_at_level(pages[chosen], int(level))
+        self._delete_leaf(node)
+        self._record_remove_event(node)
+
+    # --- views -------------------------------------------------------------------------------------
+
+    def _path(self, node: Node) -> Iterator[Node]:
+        """A node and its ancestors, the root left out."""
+        while node is not None and node is not self.root_node:
+            yield node
+            node = node.parent
+
+    def _views(self, path: list[Node]) -> list[NodeView]:
+        """Views of nodes that follow each other from the root."""
+        views, first = [], 0
+        for node in path:
+            views.append(self._view(node, first))
+            first += len(node.levels)
+        return views
+
+    def _unlocked(self) -> list[NodeView]:
+        """Views of all nodes that no request holds."""
+        views, stack = [], [(child, 0) for child in self.root_node.children.values()]
+        while stack:
+            node, first = stack.pop()
+            if node.lock_ref == 0:
+                views.append(self._view(node, first))
+            stack += [(child, first + len(node.levels)) for child in node.children.values()]
+        return views
+
+    @staticmethod
+    def _view(node: Node, first_page: int) -> NodeView:
+        return NodeView(
+            node, node.parent, len(node.children), node.last_access_time, first_page, node.levels
+        )

@@ -1,0 +1,1 @@
+"""WORTH: which pages keep their precision. Policy decides, operations say it, the executor does it."""
