@@ -104,6 +104,16 @@ class SphericalKVPool(KVCache):  # type: ignore[misc]
         """The cache was flushed: frames gathered online start again."""
         self.frames.reset()
 
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of the arena, the padding page's included; tables come on top."""
+        return self.arena.bytes.numel()
+
+    def bytes_per_token(self) -> dict[str, float]:
+        """Resident bytes of a token by level's name, tables and padding included, and `bf16` for scale."""
+        sizes = {level.name: self.layout.bytes_per_token(i) for i, level in enumerate(self.layout.levels)}
+        return sizes | {"bf16": float(self.layout.dense_bytes_per_token())}
+
     def get_kv_size_bytes(self) -> int:
         return self.arena.bytes.numel() + self.arena.table_bytes
 

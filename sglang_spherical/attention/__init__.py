@@ -1,0 +1,1 @@
+"""READ: one plan per batch, then attention over codes in every layer."""
