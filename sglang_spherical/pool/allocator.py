@@ -89,7 +89,7 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]
         pages = self._take_pages(int(opens_page.sum()))
         if pages is None:
             return None
-        out = last_loc + 1
+        out = last_loc.long() + 1
         out[opens_page.to(self.device)] = pages * self.page_size
         return out
 
@@ -114,7 +114,7 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]
             self.merge_and_sort_free()
         pages, self.free_pages = self.free_pages[:count], self.free_pages[count:]
         taken, self.free_blocks = self.free_blocks[:blocks], self.free_blocks[blocks:]
-        self.pool.arena.place_pages(pages, taken.view(count, -1))
+        self.pool.arena.place_pages(pages, taken.view(count, self.pool.layout.hot_blocks))
         return pages
 
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:

@@ -1,0 +1,5 @@
+import sys
+
+from sglang_spherical.cli import main
+
+sys.exit(main())
