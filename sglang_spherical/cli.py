@@ -1,8 +1,8 @@
 """`python -m sglang_spherical`: the tools beside the server.
 
-The server itself is SGLang's: `python -m sglang.launch_server --kv-format spherical`. Each tool is a
-module with `add_arguments(parser)` and `run(args) -> exit code`, imported only when it is named, since
-some need packages that a serving machine does not have.
+The server itself is SGLang's: `python -m sglang.launch_server --kv-format spherical`. Each tool is
+a module with `add_arguments(parser)` and `run(args) -> exit code`, imported only when it is named,
+since some need packages that a serving machine does not have.
 """
 
 from __future__ import annotations

