@@ -46,7 +46,9 @@ class SphericalAttnBackend(AttentionBackend):  # type: ignore[misc]
         """A plan to read the first `lengths` tokens of the requests in `slots`; None for no tokens."""
         if not len(lengths) or not int(lengths.max()):
             return None
-        return ReadPlan.for_lengths(self.pool.arena, self.pool.frames, self.req_to_token, slots, lengths)
+        return ReadPlan.for_lengths(
+            self.pool.arena, self.pool.frames, self.req_to_token, slots, lengths
+        )
 
     def forward_decode(
         self,

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 import torch
 from spherical_kernels.codec.patterns import PATTERNS
 from spherical_kernels.codec.slices import SliceLayout, slice_layout
-from spherical_kernels.decode.reference import AttentionState, CodedSide, attend_entries, empty_state
+from spherical_kernels.decode.reference import (
+    AttentionState,
+    CodedSide,
+    attend_entries,
+    empty_state,
+)
 
 from sglang_spherical.pool.arena import KEYS, VALUES, Arena
 from sglang_spherical.pool.frames import Frames
@@ -45,17 +50,25 @@ class ReadPlan:
         self,
         arena: Arena,
         frames: Frames,
-        batch: int,
         pages: torch.Tensor,
         requests: torch.Tensor,
         valid: torch.Tensor,
     ) -> None:
-        self.arena, self.frames, self.batch = arena, frames, batch
+        self.arena, self.frames = arena, frames
         heads = arena.layout.kv_heads
         patterns, self._addresses = arena.locate(pages)  # [layers, n, heads, 2]
         self._pairs = patterns[..., KEYS] * len(PATTERNS) + patterns[..., VALUES]
         self._row_of = requests.unsqueeze(1) * heads + torch.arange(heads, device=pages.device)
         self._valid = valid.unsqueeze(1).expand(-1, heads)
+        self._alike = bool((self._pairs == self._pairs[0]).all())
+        self._chosen = self._choose(0) if self._alike else []
+
+    def _choose(self, layer: int) -> list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Pair of patterns, place in (pages, heads), row and valid tokens of each group of a layer."""
+        pairs = self._pairs[layer].flatten()
+        row_of, valid = self._row_of.flatten(), self._valid.flatten()
+        chosen = [(pair, (pairs == pair).nonzero().squeeze(1)) for pair in pairs.unique().tolist()]
+        return [(pair, at, row_of[at], valid[at]) for pair, at in chosen]
 
     @classmethod
     def for_lengths(
@@ -74,25 +87,19 @@ class ReadPlan:
         requests, index = present.nonzero(as_tuple=True)
         pages = req_to_token[request_slots[requests], index * page_size].long() // page_size
         valid = (lengths[requests] - index * page_size).clamp_max(page_size)
-        return cls(arena, frames, len(lengths), pages, requests, valid.long())
+        return cls(arena, frames, pages, requests, valid.long())
 
     def groups(self, layer: int) -> list[EntryGroup]:
         """The entries of a layer, by pair of patterns."""
-        pairs = self._pairs[layer]
+        layout = self.arena.layout
+        addresses = self._addresses[layer].flatten(0, 1)
         groups = []
-        for pair in pairs.unique().tolist():
-            chosen = pairs == pair
-            keys, values = (PATTERNS[i] for i in divmod(pair, len(PATTERNS)))
-            layout = self.arena.layout
-            groups.append(
-                EntryGroup(
-                    slice_layout(keys, layout.page_size, layout.head_dim),
-                    slice_layout(values, layout.page_size, layout.head_dim),
-                    self._row_of[chosen],
-                    self._valid[chosen],
-                    self._addresses[layer][chosen],
-                )
+        for pair, at, row_of, valid in self._chosen if self._alike else self._choose(layer):
+            keys, values = (
+                slice_layout(PATTERNS[i], layout.page_size, layout.head_dim)
+                for i in divmod(pair, len(PATTERNS))
             )
+            groups.append(EntryGroup(keys, values, row_of, valid, addresses[at]))
         return groups
 
     def attend(self, layer: int, q: torch.Tensor) -> AttentionState:
@@ -104,11 +111,12 @@ class ReadPlan:
             state = state.merge(attend_entries(q, keys, values, group.row_of, group.valid))
         return state
 
-    def _side(self, layout: SliceLayout, layer: int, side: int, addresses: torch.Tensor) -> CodedSide:
-        dual = self.frames.duals(layout.pattern.frame, layer, side)
+    def _side(
+        self, layout: SliceLayout, layer: int, side: int, addresses: torch.Tensor
+    ) -> CodedSide:
         return CodedSide(
             layout,
             self.arena.read_slices(layout, addresses),
-            dual.repeat(self.batch, 1, 1),
-            self.frames.centre[side, layer].repeat(self.batch, 1),
+            self.frames.duals(layout.pattern.frame, layer, side),
+            self.frames.centre[side, layer],
         )

@@ -24,7 +24,12 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]
     def __init__(self, pool: SphericalKVPool, need_sort: bool = False) -> None:
         self.pool = pool
         super().__init__(
-            pool.size, pool.page_size, torch.uint8, pool.arena.device, kvcache=pool, need_sort=need_sort
+            pool.size,
+            pool.page_size,
+            torch.uint8,
+            pool.arena.device,
+            kvcache=pool,
+            need_sort=need_sort,
         )
 
     def clear(self) -> None:
@@ -76,9 +81,7 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]
         if pages is None:
             return None
         out = torch.empty(extend_num_tokens, dtype=torch.int64, device=self.device)
-        alloc_extend_naive(
-            prefix_lens, seq_lens, last_loc, pages, out, self.page_size, self.device
-        )
+        alloc_extend_naive(prefix_lens, seq_lens, last_loc, pages, out, self.page_size, self.device)
         return out
 
     def alloc_decode(

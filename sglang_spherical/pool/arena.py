@@ -71,7 +71,9 @@ class Arena:
         """Gives pages [n] the uniform descriptors of a level; their bytes are the caller's matter."""
         self.descriptors[:, pages] = self._templates[level].unsqueeze(1)
 
-    def locate(self, pages: torch.Tensor, layer: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def locate(
+        self, pages: torch.Tensor, layer: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Pattern ids and byte addresses of the slices of pages [n].
 
         Both int64 [n, kv_heads, 2], or [layers, n, kv_heads, 2] for all layers at once.
@@ -85,7 +87,9 @@ class Arena:
         """The slices at byte addresses [n], uint8 [n, size_bytes]."""
         return self._words[self._word_index(layout, addresses)].view(torch.uint8)
 
-    def write_slices(self, layout: SliceLayout, addresses: torch.Tensor, slices: torch.Tensor) -> None:
+    def write_slices(
+        self, layout: SliceLayout, addresses: torch.Tensor, slices: torch.Tensor
+    ) -> None:
         """slices uint8 [n, size_bytes] to byte addresses [n]."""
         self._words[self._word_index(layout, addresses)] = slices.view(torch.int64)
 

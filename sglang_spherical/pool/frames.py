@@ -28,21 +28,27 @@ class HeadStatistics:
     Keys and values are taken around the mean of each run of `page_size` tokens, as pages will be.
     """
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, device: torch.device | str) -> None:
+    def __init__(
+        self, layers: int, kv_heads: int, head_dim: int, device: torch.device | str
+    ) -> None:
         shape = (layers, kv_heads, head_dim)
         self.query_square = torch.zeros(shape, device=device)
         self.spread_square = torch.zeros(SIDES, *shape, device=device)
         self.query_count = [0] * layers
         self.spread_count = [0] * layers
 
-    def add(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, page_size: int) -> None:
+    def add(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, page_size: int
+    ) -> None:
         """q [n, kv_heads, group, d], k and v [n, kv_heads, d], float32, n consecutive tokens."""
         whole = len(k) // page_size * page_size
         self.query_square[layer] += q.square().sum((0, 2))
         self.query_count[layer] += q.shape[0] * q.shape[2]
         for side, x in ((KEYS, k), (VALUES, v)):
             runs = x[:whole].unflatten(0, (-1, page_size))
-            self.spread_square[side, layer] += (runs - runs.mean(1, keepdim=True)).square().sum((0, 1))
+            self.spread_square[side, layer] += (
+                (runs - runs.mean(1, keepdim=True)).square().sum((0, 1))
+            )
         self.spread_count[layer] += whole
 
     def reset(self) -> None:
@@ -100,7 +106,9 @@ class Frames:
         grouped = q[keep].float().unflatten(1, (k.shape[1], -1))
         self.statistics.add(layer, grouped, k[keep].float(), v[keep].float(), self.page_size)
 
-    def new_centre(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+    def new_centre(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor | None:
         """The centre [2, kv_heads, d] that these tokens call for; None when the layer's is frozen already."""
         if self.centred[layer] or len(k) < CENTRE_TOKENS:
             return None

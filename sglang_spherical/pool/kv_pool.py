@@ -37,7 +37,14 @@ class SphericalKVPool(KVCache):  # type: ignore[misc]
         end_layer: int,
     ) -> None:
         super().__init__(
-            size, layout.page_size, torch.uint8, layout.layers, device, enable_memory_saver, start_layer, end_layer
+            size,
+            layout.page_size,
+            torch.uint8,
+            layout.layers,
+            device,
+            enable_memory_saver,
+            start_layer,
+            end_layer,
         )
         self.layout = layout
         self.head_num = layout.kv_heads
@@ -50,7 +57,9 @@ class SphericalKVPool(KVCache):  # type: ignore[misc]
             device,
             lambda: self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE),
         )
-        self.frames = Frames(layout.layers, layout.kv_heads, layout.head_dim, layout.page_size, device)
+        self.frames = Frames(
+            layout.layers, layout.kv_heads, layout.head_dim, layout.page_size, device
+        )
         self._finalize_allocation_log(size)
 
     def set_kv_buffer(
@@ -64,7 +73,9 @@ class SphericalKVPool(KVCache):  # type: ignore[misc]
     ) -> None:
         """Codes new keys and values [n, kv_heads, d] into the hot pages of token locations [n]."""
         if k_scale is not None or v_scale is not None:
-            raise ValueError("k_scale, v_scale: spherical pages carry radii; quantised keys are not accepted")
+            raise ValueError(
+                "k_scale, v_scale: spherical pages carry radii; quantised keys are not accepted"
+            )
         loc = getattr(loc_info, "loc", loc_info)
         index = layer.layer_id - self.start_layer
         pages, tokens = loc // self.page_size, loc % self.page_size
@@ -74,7 +85,9 @@ class SphericalKVPool(KVCache):  # type: ignore[misc]
             y = (x.float() - self.frames.centre[side, index]) @ self.frames.rotation.T
             codes, radii = code_directions(y, slices.pattern.bits[0])
             rows = pack_digits(codes, slices.planes[0].bits)
-            self.arena.write_tokens(slices, addresses[..., side], tokens, rows, radii.squeeze(-1).half())
+            self.arena.write_tokens(
+                slices, addresses[..., side], tokens, rows, radii.squeeze(-1).half()
+            )
 
     def observe(
         self,
@@ -111,17 +124,23 @@ class SphericalKVPool(KVCache):  # type: ignore[misc]
 
     def bytes_per_token(self) -> dict[str, float]:
         """Resident bytes of a token by level's name, tables and padding included, and `bf16` for scale."""
-        sizes = {level.name: self.layout.bytes_per_token(i) for i, level in enumerate(self.layout.levels)}
+        sizes = {
+            level.name: self.layout.bytes_per_token(i) for i, level in enumerate(self.layout.levels)
+        }
         return sizes | {"bf16": float(self.layout.dense_bytes_per_token())}
 
     def get_kv_size_bytes(self) -> int:
         return self.arena.bytes.numel() + self.arena.table_bytes
 
     def get_key_buffer(self, layer_id: int) -> NoReturn:
-        raise NotImplementedError("a spherical pool holds no dense keys: attend to its codes instead")
+        raise NotImplementedError(
+            "a spherical pool holds no dense keys: attend to its codes instead"
+        )
 
     def get_value_buffer(self, layer_id: int) -> NoReturn:
-        raise NotImplementedError("a spherical pool holds no dense values: attend to its codes instead")
+        raise NotImplementedError(
+            "a spherical pool holds no dense values: attend to its codes instead"
+        )
 
     def get_kv_buffer(self, layer_id: int) -> NoReturn:
         raise NotImplementedError("a spherical pool holds no dense keys or values")

@@ -144,7 +144,9 @@ class PageLayout:
         ids = [PATTERN_ID[rung.keys], PATTERN_ID[rung.values]]
         words = [
             pattern | slot << PATTERN_BITS | offset // ALIGNMENT << (PATTERN_BITS + SLOT_BITS)
-            for (slot, offset), pattern in zip(self._places[level], ids * (len(self._places[level]) // 2))
+            for (slot, offset), pattern in zip(
+                self._places[level], ids * (len(self._places[level]) // 2)
+            )
         ]
         return torch.tensor(words, dtype=torch.int32).view(self.layers, self.kv_heads, SIDES)
 
@@ -168,7 +170,9 @@ def _pack(sizes: tuple[int, int], count: int, block_bytes: int) -> list[tuple[in
     return [place for pair in zip(*places, strict=True) for place in pair]
 
 
-def _block_sizes(layouts: list[tuple[SliceLayout, SliceLayout]], count: int, hot_blocks: int) -> list[int]:
+def _block_sizes(
+    layouts: list[tuple[SliceLayout, SliceLayout]], count: int, hot_blocks: int
+) -> list[int]:
     """Candidate block sizes, from what `count` hot slices of each side need in H blocks to `SLACK` more."""
     needed = -(-count * 2 // hot_blocks) * layouts[0][0].size_bytes
     if needed < max(side.size_bytes for pair in layouts for side in pair):
@@ -191,7 +195,11 @@ def split_descriptor(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     """Descriptors int32 -> pattern id, block of the page, byte offset in the block (all int64)."""
     words = words.long()
     slot = words >> PATTERN_BITS & ((1 << SLOT_BITS) - 1)
-    return words & ((1 << PATTERN_BITS) - 1), slot, (words >> (PATTERN_BITS + SLOT_BITS)) * ALIGNMENT
+    return (
+        words & ((1 << PATTERN_BITS) - 1),
+        slot,
+        (words >> (PATTERN_BITS + SLOT_BITS)) * ALIGNMENT,
+    )
 
 
 def _calibrated(*bits: int) -> Pattern:

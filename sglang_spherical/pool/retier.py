@@ -17,7 +17,9 @@ PAGES_AT_ONCE = 16
 """Bounds the temporary memory: so many pages' slices at the new level, one layer's as floats."""
 
 
-def lower_pages(arena: Arena, frames: Frames, pages: torch.Tensor, old: int, new: int) -> torch.Tensor:
+def lower_pages(
+    arena: Arena, frames: Frames, pages: torch.Tensor, old: int, new: int
+) -> torch.Tensor:
     """Re-encodes pages int64 [n] from level `old` to level `new`; all must be full and uniform.
 
     Returns the blocks they no longer own, int32 [n * (n(old) - n(new))].
@@ -32,7 +34,10 @@ def lower_pages(arena: Arena, frames: Frames, pages: torch.Tensor, old: int, new
 def _lower_some(arena: Arena, frames: Frames, pages: torch.Tensor, old: int, new: int) -> None:
     _, source = arena.locate(pages)  # [layers, n, kv_heads, 2]
     encoded = [
-        [_reencode(arena, frames, layer, side, source[layer, :, :, side], old, new) for side in (KEYS, VALUES)]
+        [
+            _reencode(arena, frames, layer, side, source[layer, :, :, side], old, new)
+            for side in (KEYS, VALUES)
+        ]
         for layer in range(arena.layout.layers)
     ]
     arena.set_level(pages, new)
@@ -56,7 +61,9 @@ def _reencode(
     return encode_slices(after, x, matrix, centre)
 
 
-def recentre_pages(arena: Arena, frames: Frames, layer: int, pages: torch.Tensor, centre: torch.Tensor) -> None:
+def recentre_pages(
+    arena: Arena, frames: Frames, layer: int, pages: torch.Tensor, centre: torch.Tensor
+) -> None:
     """Moves the hot slices of one layer of pages int64 [n] onto a new centre [2, kv_heads, d].
 
     Needed once, when a layer's centre is frozen while shorter prompts are already in the cache.
@@ -68,4 +75,6 @@ def recentre_pages(arena: Arena, frames: Frames, layer: int, pages: torch.Tensor
         matrix = frames.matrices(layout.pattern.frame, layer, side).repeat(len(pages), 1, 1)
         old = frames.centre[side, layer].repeat(len(pages), 1)
         x = decode_slices(layout, arena.read_slices(layout, at), dual, old)
-        arena.write_slices(layout, at, encode_slices(layout, x, matrix, centre[side].repeat(len(pages), 1)))
+        arena.write_slices(
+            layout, at, encode_slices(layout, x, matrix, centre[side].repeat(len(pages), 1))
+        )

@@ -70,7 +70,9 @@ class SphericalRadixCache(RadixCache):  # type: ignore[misc]
 
     # --- SGLang's structure, with levels kept beside it --------------------------------------------
 
-    def _insert_helper(self, node: Node, key: Any, value: Any, priority: int = 0, chunked: bool = False) -> tuple[int, Node]:
+    def _insert_helper(
+        self, node: Node, key: Any, value: Any, priority: int = 0, chunked: bool = False
+    ) -> tuple[int, Node]:
         length = len(key)
         prefix_length, last = super()._insert_helper(node, key, value, priority, chunked)
         if prefix_length < length:
@@ -125,7 +127,9 @@ class SphericalRadixCache(RadixCache):  # type: ignore[misc]
         if not self.disable and not chunked:
             self._settle(req.last_node, len(req.get_fill_ids()))
 
-    def cache_finished_req(self, req: Any, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
+    def cache_finished_req(
+        self, req: Any, is_insert: bool = True, *, kv_len_to_handle: int
+    ) -> None:
         super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle)
         if not self.disable and is_insert and not self.disable_finished_insert:
             self._settle(self.inserted_node, kv_len_to_handle)

@@ -17,7 +17,9 @@ SINK_PAGES = 1
 """First pages of a prefix, which hold the attention sinks: they stay hot until they are dropped."""
 
 
-def lowerable(levels: Levels, first_page: int, level: int, end_page: int | None = None) -> NDArray[np.int64]:
+def lowerable(
+    levels: Levels, first_page: int, level: int, end_page: int | None = None
+) -> NDArray[np.int64]:
     """Pages of a node (indices) finer than `level`, after the sinks and before page `end_page` of the prefix."""
     index = np.arange(first_page, first_page + len(levels))
     chosen = (levels < level) & (index >= SINK_PAGES)

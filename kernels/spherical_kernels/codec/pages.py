@@ -51,9 +51,19 @@ def code_directions(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def level_offset(layout: SliceLayout, device: torch.device | str = "cpu") -> torch.Tensor:
-    """What to subtract from each channel's code to get its level: float32 [d]."""
+    """What to subtract from a code of each band to get its level: float32 [bands, 1, 1]."""
     offsets = [(2**bits - 1) / 2 for bits in layout.pattern.bits]
-    return torch.tensor(offsets, device=device).repeat_interleave(layout.band_width)
+    return torch.tensor(offsets, device=device).view(-1, 1, 1)
+
+
+def split_bands(layout: SliceLayout, y: torch.Tensor) -> torch.Tensor:
+    """y [n, m, d] in frame coordinates -> [n, bands, m, band_width]."""
+    return y.unflatten(-1, (layout.bands, layout.band_width)).transpose(1, 2)
+
+
+def join_bands(y: torch.Tensor) -> torch.Tensor:
+    """y [n, bands, m, band_width] -> [n, m, d]; the inverse of `split_bands`."""
+    return y.transpose(1, 2).flatten(2)
 
 
 def encode_slices(
@@ -68,11 +78,11 @@ def encode_slices(
     y = (x - centre.unsqueeze(1)) @ matrix.transpose(-1, -2)
     if layout.calibrated:
         y = y - write_centroids(layout, slices, y.mean(1)).unsqueeze(1)
-    codes = torch.zeros_like(y, dtype=torch.uint8)
+    banded = split_bands(layout, y)
+    codes = torch.zeros(banded.shape, dtype=torch.uint8, device=y.device)
     radii = []
     for band in layout.pattern.coded_bands:
-        channels = slice(band * layout.band_width, (band + 1) * layout.band_width)
-        codes[..., channels], radius = code_directions(y[..., channels], layout.pattern.bits[band])
+        codes[:, band], radius = code_directions(banded[:, band], layout.pattern.bits[band])
         radii.append(radius.squeeze(-1))
     write_radii(layout, slices, torch.stack(radii, 1))
     write_codes(layout, slices, codes)
@@ -138,8 +148,7 @@ def decode_slices(
     Attention never calls this.
     """
     level = read_codes(layout, slices) - level_offset(layout, slices.device)
-    radii = read_radii(layout, slices).transpose(1, 2).repeat_interleave(layout.band_width, -1)
-    y = level * radii
+    y = join_bands(level * read_radii(layout, slices).unsqueeze(-1))
     if layout.calibrated:
         y = y + read_centroids(layout, slices).unsqueeze(1)
     return y @ dual + centre.unsqueeze(1)

@@ -38,7 +38,9 @@ class Pattern:
     def __post_init__(self) -> None:
         bands = 1 if self.frame is FrameKind.HOT else BANDS
         if len(self.bits) != bands:
-            raise ValueError(f"bits: expected {bands} bands in a {self.frame.value} frame, got {self.bits}")
+            raise ValueError(
+                f"bits: expected {bands} bands in a {self.frame.value} frame, got {self.bits}"
+            )
         if not set(self.bits) <= DIGITS.keys():
             raise ValueError(f"bits: expected each of {tuple(DIGITS)}, got {self.bits}")
 

@@ -15,7 +15,9 @@ _BIAS = 15  # the largest exponent code stands for 2**0
 def encode_radii(radii: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """radii float32 >= 0 and scale > 0, broadcast against each other -> codes uint8."""
     relative = (radii / scale).clamp(2.0**-_BIAS, 1.0)
-    mantissa, exponent = torch.frexp(relative)  # relative = mantissa * 2**exponent, mantissa in [0.5, 1)
+    mantissa, exponent = torch.frexp(
+        relative
+    )  # relative = mantissa * 2**exponent, mantissa in [0.5, 1)
     steps = torch.round(mantissa * 2 ** (_MANTISSA_BITS + 1)).int() - 2**_MANTISSA_BITS
     code = (exponent - 1 + _BIAS) * 2**_MANTISSA_BITS + steps  # a carry moves into the exponent
     return code.clamp(0, 255).to(torch.uint8)

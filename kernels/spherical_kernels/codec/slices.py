@@ -132,34 +132,32 @@ def unpack_digits(rows: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def write_codes(layout: SliceLayout, slices: torch.Tensor, codes: torch.Tensor) -> None:
-    """Packs codes uint8 [n, page_size, d] into the planes of slices uint8 [n, size_bytes], in place."""
-    banded = codes.unflatten(-1, (layout.bands, layout.band_width))
+    """Packs codes uint8 [n, bands, page_size, band_width] into slices uint8 [n, size_bytes], in place."""
     for plane in layout.planes:
         mask = (1 << plane.bits) - 1
-        digits = [banded[:, :, b] >> s & mask for b, s in zip(plane.bands, plane.shifts)]
+        digits = [codes[:, b] >> s & mask for b, s in zip(plane.bands, plane.shifts)]
         end = plane.offset_bytes + plane.row_bytes * layout.page_size
-        slices[:, plane.offset_bytes : end] = pack_digits(torch.cat(digits, -1), plane.bits).flatten(1)
+        slices[:, plane.offset_bytes : end] = pack_digits(
+            torch.cat(digits, -1), plane.bits
+        ).flatten(1)
 
 
 def read_codes(layout: SliceLayout, slices: torch.Tensor) -> torch.Tensor:
-    """slices uint8 [n, size_bytes] -> codes as small exact float32 numbers [n, page_size, d].
+    """slices uint8 [n, size_bytes] -> codes, as small exact float32 numbers.
 
-    Channels of a band without codes read as zero.
+    Returns [n, bands, page_size, band_width]; a band without codes reads as zero.
     """
-    n, width = slices.shape[0], layout.band_width
-    pieces: list[list[torch.Tensor]] = [[] for _ in range(layout.bands)]
+    shape = len(slices), layout.bands, layout.page_size, layout.band_width
+    codes = torch.empty(shape, device=slices.device)
+    digits: list[list[torch.Tensor]] = [[] for _ in range(layout.bands)]
     for plane in layout.planes:
         end = plane.offset_bytes + plane.row_bytes * layout.page_size
-        rows = slices[:, plane.offset_bytes : end].unflatten(-1, (layout.page_size, plane.row_bytes))
-        digits = unpack_digits(rows, plane.bits)
-        if len(layout.planes) == 1 and len(plane.bands) == layout.bands:
-            return digits.float()
+        rows = slices[:, plane.offset_bytes : end].unflatten(
+            -1, (layout.page_size, plane.row_bytes)
+        )
+        runs = unpack_digits(rows, plane.bits).unflatten(-1, (len(plane.bands), -1))
         for i, (band, shift) in enumerate(zip(plane.bands, plane.shifts)):
-            digit = digits[..., i * width : (i + 1) * width]
-            pieces[band].append(digit << shift if shift else digit)
-    codes = torch.zeros(n, layout.page_size, layout.head_dim, device=slices.device)
-    for band, parts in enumerate(pieces):
-        if parts:
-            code = parts[0] if len(parts) == 1 else parts[0] | parts[1]
-            codes[..., band * width : (band + 1) * width] = code
+            digits[band].append(runs[..., i, :] << shift if shift else runs[..., i, :])
+    for band, parts in enumerate(digits):
+        codes[:, band] = parts[0] | parts[1] if len(parts) == 2 else parts[0] if parts else 0
     return codes

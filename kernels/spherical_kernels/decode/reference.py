@@ -5,17 +5,17 @@
 
 with c the head's fixed centre and g the page's centroid, both only where the frame has them.
 
-A *row* is one (request, KV head); an *entry* is one page of a row. Entries are independent until
-they are merged by their log-sum-exp, as in split-KV decoding.
+A *row* is one (request, KV head), request by request; an *entry* is one page of a row. Entries are
+independent until they are merged by their log-sum-exp, as in split-KV decoding.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from ..codec.pages import level_offset, read_centroids, read_radii
+from ..codec.pages import join_bands, level_offset, read_centroids, read_radii, split_bands
 from ..codec.slices import SliceLayout, read_codes
 
 CHUNK_ELEMENTS = 1 << 23
@@ -42,8 +42,8 @@ class CodedSide:
     """Keys (or values) of a batch of entries, as stored.
 
     slices  uint8 [entries, size_bytes]
-    dual    [rows, d, d], or [d, d] for all: B of the frame the slices were coded in
-    centre  [rows, d], the fixed centre of each row's head
+    dual    [kv_heads, d, d], B of the frame the slices were coded in
+    centre  [kv_heads, d], the fixed centre of each head
     """
 
     layout: SliceLayout
@@ -65,22 +65,15 @@ def attend_entries(
     row_of  int64 [entries], the row an entry belongs to
     valid   int64 [entries], tokens of the entry that exist: the first ones of its page
     """
-    queries, page_size = q.shape[1], keys.layout.page_size
-    step = max(1, CHUNK_ELEMENTS // (queries * page_size))
-    framed_q = q @ keys.dual.transpose(-1, -2)
-    state = None
+    queries, page_size, bands = q.shape[1], keys.layout.page_size, keys.layout.bands
+    step = max(1, CHUNK_ELEMENTS // (bands * queries * page_size))
+    query = _frame_query(q, keys)
+    state = empty_state(q)
     for start in range(0, len(row_of), step):
         part = slice(start, start + step)
-        chunk = _attend_chunk(
-            q,
-            framed_q,
-            CodedSide(keys.layout, keys.slices[part], keys.dual, keys.centre),
-            CodedSide(values.layout, values.slices[part], values.dual, values.centre),
-            row_of[part],
-            valid[part],
-        )
-        state = chunk if state is None else state.merge(chunk)
-    return empty_state(q) if state is None else state
+        k, v = replace(keys, slices=keys.slices[part]), replace(values, slices=values.slices[part])
+        state = state.merge(_attend_chunk(query, k, v, row_of[part], valid[part]))
+    return state
 
 
 def empty_state(q: torch.Tensor) -> AttentionState:
@@ -88,70 +81,76 @@ def empty_state(q: torch.Tensor) -> AttentionState:
     return AttentionState(torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf))
 
 
+@dataclass
+class FramedQuery:
+    """Queries in the key frame.
+
+    whole     [rows, queries, d], B q
+    bands     [rows, bands, queries, band_width], the same by bands
+    offset    [rows, bands, queries, 1], what (B q).code exceeds (B q).level by
+    centre    [rows, queries], q.c
+    """
+
+    whole: torch.Tensor
+    bands: torch.Tensor
+    offset: torch.Tensor
+    centre: torch.Tensor
+
+
+def _frame_query(q: torch.Tensor, keys: CodedSide) -> FramedQuery:
+    per_head = q.unflatten(0, (-1, len(keys.dual)))  # [requests, kv_heads, queries, d]
+    framed = (per_head @ keys.dual.transpose(-1, -2)).flatten(0, 1)
+    centre = (per_head @ keys.centre.unsqueeze(-1)).flatten(0, 1).squeeze(-1)
+    bands = split_bands(keys.layout, framed)
+    offset = bands.sum(-1, keepdim=True) * level_offset(keys.layout, q.device)
+    return FramedQuery(framed, bands, offset, centre)
+
+
 def _attend_chunk(
-    q: torch.Tensor,
-    framed_q: torch.Tensor,
+    query: FramedQuery,
     keys: CodedSide,
     values: CodedSide,
     row_of: torch.Tensor,
     valid: torch.Tensor,
 ) -> AttentionState:
-    rows, queries, d = q.shape
-    tokens = torch.arange(keys.layout.page_size, device=q.device)
-    exists = tokens < valid.unsqueeze(1)  # [entries, page_size]
-    logits = _logits(framed_q, keys, row_of, exists)  # [entries, queries, page_size]
+    rows, queries, d = query.whole.shape
+    tokens = torch.arange(keys.layout.page_size, device=valid.device)
+    missing = tokens >= valid.view(-1, 1, 1)  # [entries, 1, page_size]
+    logits = _logits(query, keys, row_of).masked_fill_(missing, -torch.inf)
 
     peak = logits.amax(-1)
-    top = q.new_full((rows, queries), -torch.inf)
+    top = peak.new_full((rows, queries), -torch.inf)
     top.scatter_reduce_(0, row_of.unsqueeze(1).expand_as(peak), peak, "amax")
     top = top.masked_fill(top == -torch.inf, 0.0)
     p = torch.exp(logits - top[row_of].unsqueeze(-1))
 
-    total = q.new_zeros(rows, queries).index_add_(0, row_of, p.sum(-1))
-    coded = q.new_zeros(rows, queries, d).index_add_(0, row_of, _coded_sum(p, values, exists))
-    safe = total.masked_fill(total == 0, 1.0).unsqueeze(-1)
-    out = (coded / safe) @ values.dual + values.centre.unsqueeze(1)
-    lse = top + torch.log(total) + (q @ keys.centre.unsqueeze(-1)).squeeze(-1)
-    return AttentionState(out, lse)
+    total = p.new_zeros(rows, queries).index_add_(0, row_of, p.sum(-1))
+    coded = p.new_zeros(rows, queries, d).index_add_(0, row_of, _coded_sum(p, values, missing))
+    mean = coded / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
+    out = mean.unflatten(0, (-1, len(values.dual))) @ values.dual + values.centre.unsqueeze(1)
+    return AttentionState(out.flatten(0, 1), top + torch.log(total) + query.centre)
 
 
-def _logits(
-    framed_q: torch.Tensor, keys: CodedSide, row_of: torch.Tensor, exists: torch.Tensor
-) -> torch.Tensor:
-    """Logits [entries, queries, page_size] from codes, q.c left out; -inf where no token exists."""
-    layout, width = keys.layout, keys.layout.band_width
-    codes = read_codes(layout, keys.slices)  # [entries, page_size, d]
-    radii = read_radii(layout, keys.slices)
-    offset = level_offset(layout, framed_q.device)
-    query = framed_q[row_of]  # [entries, queries, d]
-    logits = query.new_zeros(1)
+def _logits(query: FramedQuery, keys: CodedSide, row_of: torch.Tensor) -> torch.Tensor:
+    """Logits [entries, queries, page_size] from codes, q.c left out."""
+    codes, radii = read_codes(keys.layout, keys.slices), read_radii(keys.layout, keys.slices)
+    dots = query.bands[row_of] @ codes.transpose(-1, -2) - query.offset[row_of]
+    logits = dots.mul_(radii.unsqueeze(2)).sum(1)
+    if keys.layout.calibrated:
+        logits += query.whole[row_of] @ read_centroids(keys.layout, keys.slices).unsqueeze(-1)
+    return logits
+
+
+def _coded_sum(p: torch.Tensor, values: CodedSide, missing: torch.Tensor) -> torch.Tensor:
+    """sum_t p_t (g + r_t level_t) in the value frame: [entries, queries, d] from p [entries, queries, page_size]."""
+    layout = values.layout
+    radii = read_radii(layout, values.slices).masked_fill(
+        missing, 0.0
+    )  # unwritten radii may be NaN
+    weighted = p.unsqueeze(1) * radii.unsqueeze(2)  # [entries, bands, queries, page_size]
+    coded = weighted @ read_codes(layout, values.slices)
+    coded -= weighted.sum(-1, keepdim=True) * level_offset(layout, p.device)
+    out = join_bands(coded)
     if layout.calibrated:
-        logits = query @ read_centroids(layout, keys.slices).unsqueeze(-1)
-    for band in layout.pattern.coded_bands:
-        channels = slice(band * width, (band + 1) * width)
-        part = query[..., channels]
-        dots = part @ codes[..., channels].transpose(1, 2) - (part @ offset[channels]).unsqueeze(-1)
-        logits = torch.addcmul(logits, dots, radii[:, band].unsqueeze(1))
-    return logits.masked_fill(~exists.unsqueeze(1), -torch.inf)
-
-
-def _coded_sum(p: torch.Tensor, values: CodedSide, exists: torch.Tensor) -> torch.Tensor:
-    """sum_t p_t (g + r_t level_t) in the value frame: [entries, queries, d], p [entries, queries, page_size]."""
-    layout, width = values.layout, values.layout.band_width
-    codes = read_codes(layout, values.slices)
-    radii = read_radii(layout, values.slices).masked_fill(~exists.unsqueeze(1), 0.0)
-    offset = level_offset(layout, p.device)
-    parts = []
-    for band, bits in enumerate(layout.pattern.bits):
-        channels = slice(band * width, (band + 1) * width)
-        if not bits:
-            parts.append(p.new_zeros(*p.shape[:2], width))
-            continue
-        weighted = p * radii[:, band].unsqueeze(1)
-        shift = weighted.sum(-1, keepdim=True) * offset[channels]
-        parts.append(weighted @ codes[..., channels] - shift)
-    coded = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-    if layout.calibrated:
-        centroids = read_centroids(layout, values.slices)
-        coded = coded + p.sum(-1, keepdim=True) * centroids.unsqueeze(1)
-    return coded
+        out = out + p.sum(-1, keepdim=True) * read_centroids(layout, values.slices).unsqueeze(1)
+    return out
