@@ -1,1 +1,2 @@
-"""The spherical page format: PyTorch reference and Triton kernels. Imports torch and triton, never sglang."""
+"""The spherical page format: PyTorch reference and Triton kernels. Imports torch and triton, never
+sglang."""

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from spherical_kernels.extend.reference import attend_new_tokens
 
 from sglang_spherical.attention.plan import ReadPlan
+from spherical_kernels.extend.reference import attend_new_tokens
 
 
-class SphericalAttnBackend(AttentionBackend):  # type: ignore[misc]
+class SphericalAttnBackend(AttentionBackend):
     """Attention over a `SphericalKVPool` in plain PyTorch."""
 
     def __init__(self, model_runner: Any) -> None:
@@ -43,7 +43,8 @@ class SphericalAttnBackend(AttentionBackend):  # type: ignore[misc]
             self.plans = [self._plan(slots, forward_batch.seq_lens)]
 
     def _plan(self, slots: torch.Tensor, lengths: torch.Tensor) -> ReadPlan | None:
-        """A plan to read the first `lengths` tokens of the requests in `slots`; None for no tokens."""
+        """A plan to read the first `lengths` tokens of the requests in `slots`; None for no
+        tokens."""
         if not len(lengths) or not int(lengths.max()):
             return None
         return ReadPlan.for_lengths(

@@ -16,7 +16,8 @@ def build_backend(model_runner: Any) -> SphericalAttnBackend:
     pool = model_runner.token_to_kv_pool
     if not isinstance(pool, SphericalKVPool):
         raise StartupError(
-            f"--attention-backend spherical: expected a SphericalKVPool, got a {type(pool).__name__}"
+            f"--attention-backend spherical: expected a SphericalKVPool, got a "
+            f"{type(pool).__name__}"
         )
     for name, layer in model_runner.model.named_modules():
         if isinstance(layer, RadixAttention):

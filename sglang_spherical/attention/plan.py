@@ -1,6 +1,7 @@
 """What a batch reads, worked out once and used by every layer.
 
-A row is one (request, KV head), an entry one page of one row. Entries are grouped by the patterns of
+A row is one (request, KV head), an entry one page of one row. Entries are grouped by the patterns
+of
 their keys and values, which may differ between the heads and layers of a page.
 """
 
@@ -9,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+from sglang_spherical.pool.arena import KEYS, VALUES, Arena
+from sglang_spherical.pool.frames import Frames
 from spherical_kernels.codec.patterns import PATTERNS
 from spherical_kernels.codec.slices import SliceLayout, slice_layout
 from spherical_kernels.decode.reference import (
@@ -17,9 +21,6 @@ from spherical_kernels.decode.reference import (
     attend_entries,
     empty_state,
 )
-
-from sglang_spherical.pool.arena import KEYS, VALUES, Arena
-from sglang_spherical.pool.frames import Frames
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class ReadPlan:
         self._chosen = self._choose(0) if self._alike else []
 
     def _choose(self, layer: int) -> list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Pair of patterns, place in (pages, heads), row and valid tokens of each group of a layer."""
+        """Pair of patterns, place in (pages, heads), row and valid tokens of each group of a
+        layer."""
         pairs = self._pairs[layer].flatten()
         row_of, valid = self._row_of.flatten(), self._valid.flatten()
         chosen = [(pair, (pairs == pair).nonzero().squeeze(1)) for pair in pairs.unique().tolist()]
@@ -103,7 +105,8 @@ class ReadPlan:
         return groups
 
     def attend(self, layer: int, q: torch.Tensor) -> AttentionState:
-        """Attention of q float32 [batch * kv_heads, queries, d], scaled, over everything planned."""
+        """Attention of q float32 [batch * kv_heads, queries, d], scaled, over everything
+        planned."""
         state = empty_state(q)
         for group in self.groups(layer):
             keys = self._side(group.keys, layer, KEYS, group.addresses[:, KEYS])

@@ -1,4 +1,5 @@
-"""SGLang's paged allocator over blocks: logical page ids, and blocks counted in hot-token equivalents.
+"""SGLang's paged allocator over blocks: logical page ids, and blocks counted in hot-token
+equivalents.
 
 Request-owned pages are hot and own H blocks. Pages owned by the radix tree may own fewer. Two free
 lists, of page ids and of blocks, are device tensors whose lengths are known on the host, so that no
@@ -14,7 +15,7 @@ from sglang.srt.utils import get_num_new_pages
 from sglang_spherical.pool.kv_pool import SphericalKVPool
 
 
-class SphericalAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]
+class SphericalAllocator(PagedTokenToKVPoolAllocator):
     """Hands out token locations (page id * page_size + place) backed by blocks of the arena.
 
     free_pages    int64, ids of unused logical pages
@@ -48,7 +49,8 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]
         return len(self.free_blocks) * self.pool.layout.unit_tokens
 
     def pages_in_use(self) -> torch.Tensor:
-        """Ids of pages that own blocks, int64, page 0 left out. Waits for the device: not for hot paths."""
+        """Ids of pages that own blocks, int64, page 0 left out. Waits for the device: not for hot
+        paths."""
         used = torch.ones(self.pool.arena.num_pages, dtype=torch.bool, device=self.device)
         used[0] = False
         used[self.free_pages] = used[self.release_pages] = False
@@ -72,7 +74,8 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]
         extend_num_tokens: int,
         num_new_pages: int | None = None,
     ) -> torch.Tensor | None:
-        """Locations [extend_num_tokens] of new tokens after each request's prefix; None when short."""
+        """Locations [extend_num_tokens] of new tokens after each request's prefix; None when
+        short."""
         if num_new_pages is None:
             num_new_pages = get_num_new_pages(
                 seq_lens=seq_lens_cpu, page_size=self.page_size, prefix_lens=prefix_lens_cpu

@@ -3,7 +3,8 @@
     page_blocks[page, :n(level)]            blocks of the page, [0, n(level)) is valid
     descriptors[layer, page, head, side]    pattern and place (block of the page, offset) of a slice
 
-A slice's address is page_blocks[page, slot] * block_bytes + offset. Page 0 is SGLang's padding sink:
+A slice's address is page_blocks[page, slot] * block_bytes + offset. Page 0 is SGLang's padding
+sink:
 it owns the first H blocks for good, so that padded rows read and write real storage.
 """
 
@@ -13,9 +14,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from spherical_kernels.codec.slices import SliceLayout
 
 from sglang_spherical.pool.layout import SIDES, PageLayout, split_descriptor
+from spherical_kernels.codec.slices import SliceLayout
 
 KEYS, VALUES = 0, 1
 
@@ -68,7 +69,8 @@ class Arena:
         self.set_level(pages, 0)
 
     def set_level(self, pages: torch.Tensor, level: int) -> None:
-        """Gives pages [n] the uniform descriptors of a level; their bytes are the caller's matter."""
+        """Gives pages [n] the uniform descriptors of a level; their bytes are the caller's
+        matter."""
         self.descriptors[:, pages] = self._templates[level].unsqueeze(1)
 
     def locate(

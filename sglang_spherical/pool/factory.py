@@ -23,13 +23,15 @@ def build_pool(configurator: Any, max_total_num_tokens: int) -> SphericalKVPool:
     pages = max_total_num_tokens // layout.page_size
     if pages < 1:
         raise StartupError(
-            f"KV memory for {max_total_num_tokens} tokens is less than one page of {layout.page_size}: "
+            f"KV memory for {max_total_num_tokens} tokens is less than one page of "
+            f"{layout.page_size}: "
             "raise --mem-fraction-static, --max-total-tokens or --spherical-kv-bytes"
         )
     requests = configurator.server_args.max_running_requests
     if requests is not None and requests > pages:
         raise StartupError(
-            f"--max-running-requests {requests}: KV memory holds {pages} pages of {layout.page_size} "
+            f"--max-running-requests {requests}: KV memory holds {pages} pages of "
+            f"{layout.page_size} "
             "tokens, less than one per request: lower it, or raise --max-total-tokens"
         )
     pool = SphericalKVPool(
@@ -47,7 +49,8 @@ def build_allocator(configurator: Any, *, token_to_kv_pool: Any, **_: Any) -> Sp
     """The allocator over a pool that `build_pool` built."""
     if not isinstance(token_to_kv_pool, SphericalKVPool):
         raise StartupError(
-            f"KV pool: expected a SphericalKVPool, SGLang built a {type(token_to_kv_pool).__name__}; "
+            f"KV pool: expected a SphericalKVPool, SGLang built a "
+            f"{type(token_to_kv_pool).__name__}; "
             "this model needs another pool: use --kv-format dense"
         )
     return SphericalAllocator(token_to_kv_pool)

@@ -9,14 +9,15 @@ every page written since depends on them.
 from __future__ import annotations
 
 import torch
-from spherical_kernels.codec.frames import calibrated_frame, signed_hadamard
-from spherical_kernels.codec.patterns import FrameKind
 
 from sglang_spherical.pool.arena import KEYS, VALUES
 from sglang_spherical.pool.layout import SIDES
+from spherical_kernels.codec.frames import calibrated_frame, signed_hadamard
+from spherical_kernels.codec.patterns import FrameKind
 
 CENTRE_TOKENS = 64
-"""Tokens of the first prefill whose mean may become a centre: fewer say little (a warm-up prompt)."""
+"""Tokens of the first prefill whose mean may become a centre: fewer say little (a warm-up
+prompt)."""
 
 SINK_TOKENS = 4
 """First positions, whose keys and values are unlike all others and are left out of statistics."""
@@ -109,7 +110,8 @@ class Frames:
     def new_centre(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor | None:
-        """The centre [2, kv_heads, d] that these tokens call for; None when the layer's is frozen already."""
+        """The centre [2, kv_heads, d] that these tokens call for; None when the layer's is frozen
+        already."""
         if self.centred[layer] or len(k) < CENTRE_TOKENS:
             return None
         keep = positions >= SINK_TOKENS

@@ -1,6 +1,7 @@
 """SGLang's KVCache, holding codes: new tokens go into hot pages, nothing dense is kept.
 
-Subclasses `KVCache` and not `MHATokenToKVPool`, and calls itself uint8: either would invite SGLang's
+Subclasses `KVCache` and not `MHATokenToKVPool`, and calls itself uint8: either would invite
+SGLang's
 fused kernels to write dense keys into the arena.
 """
 
@@ -12,16 +13,16 @@ from typing import Any, NoReturn
 import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.mem_cache.memory_pool import KVCache
-from spherical_kernels.codec.pages import code_directions
-from spherical_kernels.codec.slices import pack_digits
 
 from sglang_spherical.pool.arena import Arena
 from sglang_spherical.pool.frames import Frames
 from sglang_spherical.pool.layout import PageLayout
 from sglang_spherical.pool.retier import lower_pages, recentre_pages
+from spherical_kernels.codec.pages import code_directions
+from spherical_kernels.codec.slices import pack_digits
 
 
-class SphericalKVPool(KVCache):  # type: ignore[misc]
+class SphericalKVPool(KVCache):
     """The memory of one rank.
 
     size  capacity in hot-token equivalents, a multiple of the page size
@@ -123,7 +124,8 @@ class SphericalKVPool(KVCache):  # type: ignore[misc]
         return self.arena.bytes.numel()
 
     def bytes_per_token(self) -> dict[str, float]:
-        """Resident bytes of a token by level's name, tables and padding included, and `bf16` for scale."""
+        """Resident bytes of a token by level's name, tables and padding included, and `bf16` for
+        scale."""
         sizes = {
             level.name: self.layout.bytes_per_token(i) for i, level in enumerate(self.layout.levels)
         }

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from spherical_kernels.codec.patterns import PATTERN_ID, FrameKind, Pattern
-from spherical_kernels.codec.slices import ALIGNMENT, SliceLayout, slice_layout
 
 from sglang_spherical.config import SphericalConfig
 from sglang_spherical.errors import StartupError
+from spherical_kernels.codec.patterns import PATTERN_ID, FrameKind, Pattern
+from spherical_kernels.codec.slices import ALIGNMENT, SliceLayout, slice_layout
 
 # Places of a descriptor's fields, low bits first. The sign bit stays clear.
 PATTERN_BITS, SLOT_BITS, OFFSET_BITS = 4, 6, 21
@@ -72,7 +72,8 @@ class PageLayout:
                     best = waste, layout
         if best is None:
             raise StartupError(
-                f"--page-size {page_size}: no block size packs {layers} layers of {kv_heads} KV heads "
+                f"--page-size {page_size}: no block size packs {layers} layers of {kv_heads} KV "
+                f"heads "
                 f"of dimension {head_dim}; use a larger page size"
             )
         return best[1]
@@ -173,7 +174,8 @@ def _pack(sizes: tuple[int, int], count: int, block_bytes: int) -> list[tuple[in
 def _block_sizes(
     layouts: list[tuple[SliceLayout, SliceLayout]], count: int, hot_blocks: int
 ) -> list[int]:
-    """Candidate block sizes, from what `count` hot slices of each side need in H blocks to `SLACK` more."""
+    """Candidate block sizes, from what `count` hot slices of each side need in H blocks to `SLACK`
+    more."""
     needed = -(-count * 2 // hot_blocks) * layouts[0][0].size_bytes
     if needed < max(side.size_bytes for pair in layouts for side in pair):
         return []
@@ -213,7 +215,8 @@ _TIER_PATTERNS = {
     ("calibrated", 3): (_calibrated(4, 4, 2, 2), _calibrated(4, 4, 2, 2)),
     ("calibrated", 2): (_calibrated(4, 2, 2, 2), _calibrated(2, 2, 2, 2)),
 }
-"""Key and value patterns by frame and code bits: chosen by fidelity at equal bytes (docs/format.md)."""
+"""Key and value patterns by frame and code bits: chosen by fidelity at equal bytes
+(docs/format.md)."""
 
 
 def default_levels(config: SphericalConfig) -> tuple[Level, ...]:

@@ -1,17 +1,17 @@
 """Re-encoding pages at another level, in place.
 
-A page keeps its first n(level) blocks and gives the others back. Its new slices may overlap old ones
+A page keeps its first n(level) blocks and gives the others back. Its new slices may overlap old
+ones
 of layers not yet read, so all layers of a page are encoded before any is written.
 """
 
 from __future__ import annotations
 
 import torch
-from spherical_kernels.codec.pages import decode_slices, encode_slices
 
 from sglang_spherical.pool.arena import KEYS, VALUES, Arena
 from sglang_spherical.pool.frames import Frames
-
+from spherical_kernels.codec.pages import decode_slices, encode_slices
 
 PAGES_AT_ONCE = 16
 """Bounds the temporary memory: so many pages' slices at the new level, one layer's as floats."""
@@ -51,7 +51,8 @@ def _lower_some(arena: Arena, frames: Frames, pages: torch.Tensor, old: int, new
 def _reencode(
     arena: Arena, frames: Frames, layer: int, side: int, addresses: torch.Tensor, old: int, new: int
 ) -> torch.Tensor:
-    """Slices of one layer and side at addresses [n, kv_heads], coded anew: uint8 [n * kv_heads, size_bytes]."""
+    """Slices of one layer and side at addresses [n, kv_heads], coded anew: uint8 [n * kv_heads,
+    size_bytes]."""
     before, after = arena.layout.side_layouts(old)[side], arena.layout.side_layouts(new)[side]
     count = len(addresses)
     centre = frames.centre[side, layer].repeat(count, 1)

@@ -11,7 +11,8 @@ from sglang_spherical.radix.tree import SphericalRadixCache
 
 
 def build_tree(ctx: Any) -> BasePrefixCache:
-    """The spherical tree; SGLang's ChunkCache with --disable-radix-cache, which keeps everything hot."""
+    """The spherical tree; SGLang's ChunkCache with --disable-radix-cache, which keeps everything
+    hot."""
     if ctx.disable_radix_cache:
         return default_radix_cache_factory(ctx)
     return SphericalRadixCache(ctx.params, ctx.server_args._spherical)

@@ -27,7 +27,7 @@ from sglang_spherical.retention.policy import relieve, settle
 Node = Any  # sglang's TreeNode, plus `levels`: uint8 [pages]
 
 
-class SphericalRadixCache(RadixCache):  # type: ignore[misc]
+class SphericalRadixCache(RadixCache):
     """A prefix tree that lowers precision before it forgets.
 
     saved_evictable, saved_protected   hot-token equivalents saved by unlocked and by locked nodes
@@ -68,7 +68,8 @@ class SphericalRadixCache(RadixCache):  # type: ignore[misc]
         pages: torch.Tensor = node.value[:: self.page_size] // self.page_size
         return pages
 
-    # --- SGLang's structure, with levels kept beside it --------------------------------------------
+    # --- SGLang's structure, with levels kept beside it
+    --------------------------------------------
 
     def _insert_helper(
         self, node: Node, key: Any, value: Any, priority: int = 0, chunked: bool = False
@@ -119,7 +120,8 @@ class SphericalRadixCache(RadixCache):  # type: ignore[misc]
         else:
             self.saved_evictable += gained
 
-    # --- events: insert, evict ---------------------------------------------------------------------
+    # --- events: insert, evict
+    ---------------------------------------------------------------------
 
     def cache_unfinished_req(self, req: Any, chunked: bool = False) -> None:
         super().cache_unfinished_req(req, chunked=chunked)
@@ -163,7 +165,8 @@ class SphericalRadixCache(RadixCache):  # type: ignore[misc]
         self._delete_leaf(node)
         self._record_remove_event(node)
 
-    # --- views -------------------------------------------------------------------------------------
+    # --- views
+    -------------------------------------------------------------------------------------
 
     def _path(self, node: Node) -> Iterator[Node]:
         """A node and its ancestors, the root left out."""

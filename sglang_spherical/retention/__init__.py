@@ -1,1 +1,2 @@
-"""WORTH: which pages keep their precision. Policy decides, operations say it, the executor does it."""
+"""WORTH: which pages keep their precision. Policy decides, operations say it, the executor does
+it."""

@@ -20,7 +20,8 @@ SINK_PAGES = 1
 def lowerable(
     levels: Levels, first_page: int, level: int, end_page: int | None = None
 ) -> NDArray[np.int64]:
-    """Pages of a node (indices) finer than `level`, after the sinks and before page `end_page` of the prefix."""
+    """Pages of a node (indices) finer than `level`, after the sinks and before page `end_page` of
+    the prefix."""
     index = np.arange(first_page, first_page + len(levels))
     chosen = (levels < level) & (index >= SINK_PAGES)
     if end_page is not None:
@@ -29,7 +30,8 @@ def lowerable(
 
 
 def settle(path: Sequence[NodeView], budget: int, end_page: int) -> list[Operation]:
-    """Gives a prefix its budget: everything before `end_page` that is finer goes to level `budget`."""
+    """Gives a prefix its budget: everything before `end_page` that is finer goes to level
+    `budget`."""
     operations: list[Operation] = []
     for view in path:
         pages = lowerable(view.levels, view.first_page, budget, end_page)
@@ -73,7 +75,8 @@ def relieve(
 
 
 def _leaves_by_age(views: Sequence[NodeView]) -> list[NodeView]:
-    """The order in which nodes can be dropped: oldest leaf first, a parent once its children are gone."""
+    """The order in which nodes can be dropped: oldest leaf first, a parent once its children are
+    gone."""
     children = {id(view.node): view.children for view in views}
     by_node = {id(view.node): view for view in views}
     heap = [(view.last_access, i, view) for i, view in enumerate(views) if not view.children]

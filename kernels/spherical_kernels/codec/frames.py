@@ -2,7 +2,8 @@
 
 A frame is a centre c and an invertible matrix A per (layer, KV head): y = A (x - c). A query meets
 the codes of y through its dual, B = A^-T, because q.(x - c) = (B q).(A (x - c)); a sum over coded
-values returns through the same matrix, x - c = B^T y. Both are applied once per step, never per token.
+values returns through the same matrix, x - c = B^T y. Both are applied once per step, never per
+token.
 
 The centre is one fixed vector per head, so q.c is one number per query. Two matrices are in use:
 
@@ -13,7 +14,7 @@ calibrated   weights the channels, sorts them by importance into bands and rotat
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -23,7 +24,7 @@ _EPSILON = 1e-6
 _SEED = 0x5EED
 
 
-@lru_cache(maxsize=None)
+@cache
 def signed_hadamard(width: int) -> torch.Tensor:
     """The data-free orthonormal rotation [width, width] float32, equal in every process.
 

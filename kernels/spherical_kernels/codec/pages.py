@@ -1,6 +1,7 @@
 """Tokens to slices and back: directions become angle codes, radii are fitted to the codes.
 
-A direction u (one token in one band) is coded on the half-integer grid: level = code - (2**b - 1)/2.
+A direction u (one token in one band) is coded on the half-integer grid: level = code - (2**b -
+1)/2.
 The stored radius is the scalar that fits radius * level best to the token, so the step of the grid
 is the encoder's free choice: it tries several and keeps the one with the smallest error. Decoding
 never sees the step.
@@ -25,7 +26,8 @@ def code_directions(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Ten
     """Quantises the rows of y [..., w] to `bits` bits.
 
     Returns codes uint8 [..., w] and radii float32 [..., 1] >= 0: y is about radius * level(code).
-    A zero row has radius zero. NaN or infinity in a row makes its radius NaN, which attention shows.
+    A zero row has radius zero. NaN or infinity in a row makes its radius NaN, which attention
+    shows.
     """
     half = 2 ** (bits - 1)
     peak = y.abs().amax(-1, keepdim=True)
@@ -125,7 +127,8 @@ def write_radii(layout: SliceLayout, slices: torch.Tensor, radii: torch.Tensor) 
 
 
 def read_radii(layout: SliceLayout, slices: torch.Tensor) -> torch.Tensor:
-    """Radii float32 [n, bands, page_size] of slices uint8 [n, size_bytes]; zero in uncoded bands."""
+    """Radii float32 [n, bands, page_size] of slices uint8 [n, size_bytes]; zero in uncoded
+    bands."""
     start, end = layout.radii_offset_bytes, layout.radii_offset_bytes + layout.radii_bytes
     if not layout.calibrated:
         return slices.view(torch.float16)[:, start // 2 : end // 2].float().unsqueeze(1)

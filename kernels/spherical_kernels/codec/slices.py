@@ -14,7 +14,7 @@ gives one contiguous run of channels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import torch
 
@@ -29,7 +29,8 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class DigitPlane:
-    """Digits of `bits` bits of the bands `bands`; `shifts[i]` is the place of band i's digit in its code."""
+    """Digits of `bits` bits of the bands `bands`; `shifts[i]` is the place of band i's digit in its
+    code."""
 
     bits: int
     bands: tuple[int, ...]
@@ -107,7 +108,7 @@ class SliceLayout:
         return -(-end // ALIGNMENT) * ALIGNMENT
 
 
-@lru_cache(maxsize=None)
+@cache
 def slice_layout(pattern: Pattern, page_size: int, head_dim: int) -> SliceLayout:
     """The (shared) layout of a pattern at these dimensions."""
     return SliceLayout(pattern, page_size, head_dim)
@@ -132,7 +133,8 @@ def unpack_digits(rows: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def write_codes(layout: SliceLayout, slices: torch.Tensor, codes: torch.Tensor) -> None:
-    """Packs codes uint8 [n, bands, page_size, band_width] into slices uint8 [n, size_bytes], in place."""
+    """Packs codes uint8 [n, bands, page_size, band_width] into slices uint8 [n, size_bytes], in
+    place."""
     for plane in layout.planes:
         mask = (1 << plane.bits) - 1
         digits = [codes[:, b] >> s & mask for b, s in zip(plane.bands, plane.shifts)]

@@ -24,7 +24,8 @@ CHUNK_ELEMENTS = 1 << 23
 
 @dataclass
 class AttentionState:
-    """Attention over a part of the keys: out [rows, queries, d], lse [rows, queries] (natural log)."""
+    """Attention over a part of the keys: out [rows, queries, d], lse [rows, queries] (natural
+    log)."""
 
     out: torch.Tensor
     lse: torch.Tensor
@@ -142,7 +143,8 @@ def _logits(query: FramedQuery, keys: CodedSide, row_of: torch.Tensor) -> torch.
 
 
 def _coded_sum(p: torch.Tensor, values: CodedSide, missing: torch.Tensor) -> torch.Tensor:
-    """sum_t p_t (g + r_t level_t) in the value frame: [entries, queries, d] from p [entries, queries, page_size]."""
+    """sum_t p_t (g + r_t level_t) in the value frame: [entries, queries, d] from p [entries,
+    queries, page_size]."""
     layout = values.layout
     radii = read_radii(layout, values.slices).masked_fill(
         missing, 0.0
