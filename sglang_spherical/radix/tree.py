@@ -48,7 +48,7 @@ class SphericalRadixCache(RadixCache):
         self.saved_evictable = 0
         self.saved_protected = 0
 
-    # --- sizes -----------------------------------------------------------------------------------
+    # --- sizes ---
 
     def evictable_size(self) -> int:
         """Hot-token equivalents held by unlocked nodes."""
@@ -68,8 +68,7 @@ class SphericalRadixCache(RadixCache):
         pages: torch.Tensor = node.value[:: self.page_size] // self.page_size
         return pages
 
-    # --- SGLang's structure, with levels kept beside it
-    --------------------------------------------
+    # --- SGLang's structure, with levels kept beside it ---
 
     def _insert_helper(
         self, node: Node, key: Any, value: Any, priority: int = 0, chunked: bool = False
@@ -120,8 +119,7 @@ class SphericalRadixCache(RadixCache):
         else:
             self.saved_evictable += gained
 
-    # --- events: insert, evict
-    ---------------------------------------------------------------------
+    # --- events: insert, evict ---
 
     def cache_unfinished_req(self, req: Any, chunked: bool = False) -> None:
         super().cache_unfinished_req(req, chunked=chunked)
@@ -165,8 +163,7 @@ class SphericalRadixCache(RadixCache):
         self._delete_leaf(node)
         self._record_remove_event(node)
 
-    # --- views
-    -------------------------------------------------------------------------------------
+    # --- views ---
 
     def _path(self, node: Node) -> Iterator[Node]:
         """A node and its ancestors, the root left out."""
