@@ -52,10 +52,8 @@ class _WithKeywords:
 def from_command_line(original: Callable[..., Any], cls: Any, args: argparse.Namespace) -> Any:
     """Around `ServerArgs.from_cli_args`. A StartupError ends the process in one line."""
     keywords = flags.given(args)
-    if not keywords:
-        return original(cls, args)
     try:
-        server_args = original(_WithKeywords(cls, keywords), args)
+        server_args = original(_WithKeywords(cls, keywords) if keywords else cls, args)
     except StartupError as error:
         exit_with(error)
     if spherical_config(server_args) is not None:
@@ -66,12 +64,14 @@ def from_command_line(original: Callable[..., Any], cls: Any, args: argparse.Nam
 def construct(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
     """Around `ServerArgs.__init__`. Raises StartupError for what cannot be served."""
     config = flags.build(flags.take(kwargs))
-    arguments = dict(inspect.signature(original).bind_partial(self, *args, **kwargs).arguments)
-    arguments.pop("self")
     if not config.spherical:
-        refusals.check_dense(arguments)
+        refusals.check_dense(kwargs)
         return original(self, *args, **kwargs)
-
+    try:
+        arguments = dict(inspect.signature(original).bind_partial(self, *args, **kwargs).arguments)
+    except TypeError:
+        return original(self, *args, **kwargs)  # which names the function in its own TypeError
+    arguments.pop("self")
     require_applied()
     arguments = defaults.fill(arguments)
     refusals.check(arguments, config, os.environ)

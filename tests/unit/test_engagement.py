@@ -1,0 +1,229 @@
+"""No broken hook and no foreign part may end in a dense server that calls itself spherical."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from types import SimpleNamespace
+
+import pytest
+from seam_tools import load_plugin, parse, write_model
+
+from sglang_spherical import engagement
+from sglang_spherical.config import SphericalConfig
+from sglang_spherical.engagement import Parts, check_parts
+from sglang_spherical.errors import EXIT_CODE, StartupError
+from spherical_patches import kv_pool, startup
+from spherical_patches.ledger import PATCHES, Patch
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def broken(request, monkeypatch):
+    """SGLang's own function back in place of one patched target."""
+    load_plugin()
+    patch: Patch = request.param
+    path, name = patch.target.rsplit(".", 1)
+    owner = pkgutil.resolve_name(path)
+    static = inspect.getattr_static(owner, name)
+    original = inspect.unwrap(getattr(static, "__func__", static))
+    kind = type(static) if isinstance(static, staticmethod | classmethod) else lambda f: f
+    monkeypatch.setattr(owner, name, kind(original))
+    return patch
+
+
+every_hook = pytest.mark.parametrize("broken", PATCHES, indirect=True, ids=lambda p: p.target)
+
+
+@every_hook
+def test_a_missing_hook_stops_the_command_line(broken, model, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--model-path", model, "--kv-format", "spherical")
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    if broken.target.endswith("add_cli_args"):
+        assert "unrecognized arguments: --kv-format spherical" in message
+    else:
+        assert message.startswith("error: --kv-format spherical: SGLang did not take the hook on")
+        assert broken.target in message
+
+
+@every_hook
+def test_a_missing_hook_stops_the_engine(broken, model):
+    from sglang.srt.server_args import ServerArgs
+
+    kind = TypeError if broken.target.endswith("ServerArgs.__init__") else StartupError
+    with pytest.raises(kind, match=r"kv.format"):
+        ServerArgs(model_path=model, kv_format="spherical")
+
+
+@every_hook
+@pytest.mark.parametrize("factory", [kv_pool.build_tree, kv_pool.build_backend])
+def test_a_missing_hook_stops_a_worker(broken, factory):
+    """The two factories are called by SGLang's registries, whatever became of the hooks."""
+    server_args = SimpleNamespace(_spherical=SphericalConfig(kv_format="spherical"))
+    with pytest.raises(StartupError, match=broken.target):
+        factory(SimpleNamespace(server_args=server_args))
+
+
+@pytest.mark.parametrize("factory", [kv_pool.build_tree, kv_pool.build_backend])
+def test_a_lost_configuration_stops_a_worker(factory):
+    with pytest.raises(StartupError, match="works only inside --kv-format spherical"):
+        factory(SimpleNamespace(server_args=SimpleNamespace()))
+
+
+@pytest.mark.parametrize("registry", ["attention", "radix"])
+def test_a_plugin_that_registers_nothing_stops_a_worker(registry, monkeypatch):
+    """What SGLang does with the names that the launching process has put into the arguments."""
+    load_plugin()
+    if registry == "attention":
+        from sglang.srt.model_executor.model_runner_components import attention_backend_setup
+
+        monkeypatch.delitem(attention_backend_setup.ATTENTION_BACKENDS, "spherical")
+        with pytest.raises(ValueError, match="Invalid attention backend: spherical"):
+            attention_backend_setup._build_full_attention_backend_from_str(
+                model_runner=SimpleNamespace(), backend_str="spherical", init_new_workspace=False
+            )
+    else:
+        from sglang.srt.mem_cache import registry as radix
+
+        monkeypatch.delitem(radix._RADIX_CACHE_REGISTRY, "spherical")
+        server_args = SimpleNamespace(radix_cache_backend="spherical")
+        with pytest.raises(ValueError, match="'spherical' is not registered"):
+            radix.create_tree_cache(SimpleNamespace(server_args=server_args))
+
+
+def _bare(cls, **attributes):
+    part = object.__new__(cls)
+    part.__dict__.update(attributes)
+    return part
+
+
+def spherical_parts(tree_class=None) -> Parts:
+    """The four parts as verify sees them, built without memory."""
+    from sglang_spherical.attention.backend import SphericalAttnBackend
+    from sglang_spherical.pool.allocator import SphericalAllocator
+    from sglang_spherical.pool.kv_pool import SphericalKVPool
+    from sglang_spherical.radix.tree import SphericalRadixCache
+
+    pool = _bare(SphericalKVPool)
+    allocator = _bare(SphericalAllocator, _kvcache=pool)
+    tree = _bare(tree_class or SphericalRadixCache, token_to_kv_pool_allocator=allocator)
+    return Parts(pool, allocator, tree, _bare(SphericalAttnBackend))
+
+
+def test_spherical_parts_pass():
+    check_parts(spherical_parts(), radix_disabled=False)
+
+
+def test_without_a_radix_cache_sglang_s_chunk_cache_is_the_tree():
+    from sglang.srt.mem_cache.chunk_cache import ChunkCache
+
+    check_parts(spherical_parts(ChunkCache), radix_disabled=True)
+    with pytest.raises(StartupError, match="radix tree: it is a ChunkCache"):
+        check_parts(spherical_parts(ChunkCache), radix_disabled=False)
+    with pytest.raises(StartupError, match="radix tree: it is a SphericalRadixCache"):
+        check_parts(spherical_parts(), radix_disabled=True)
+
+
+def _dense_classes():
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+    from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang.srt.mem_cache.radix_cache import RadixCache
+
+    return {
+        "pool": MHATokenToKVPool,
+        "allocator": PagedTokenToKVPoolAllocator,
+        "tree": RadixCache,
+        "backend": TorchNativeAttnBackend,
+    }
+
+
+@pytest.mark.parametrize("role", ["pool", "allocator", "tree", "backend"])
+def test_a_dense_part_is_refused(role):
+    dense = _dense_classes()[role]
+    parts = Parts(**{**vars(spherical_parts()), role: _bare(dense)})
+    with pytest.raises(StartupError, match=f"not in effect: .*it is a {dense.__name__}"):
+        check_parts(parts, radix_disabled=False)
+
+
+def test_parts_of_two_caches_are_refused():
+    one, other = spherical_parts(), spherical_parts()
+    with pytest.raises(StartupError, match="allocator: it hands out pages of another pool"):
+        check_parts(Parts(other.pool, one.allocator, one.tree, one.backend), radix_disabled=False)
+    with pytest.raises(StartupError, match="radix tree: it frees into another allocator"):
+        check_parts(Parts(one.pool, one.allocator, other.tree, one.backend), radix_disabled=False)
+
+
+class Ended(BaseException):
+    """Stands for the end of a worker's process."""
+
+
+def _leave(monkeypatch, server_args, message) -> int:
+    def end(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(startup.os, "_exit", end)
+    with pytest.raises(Ended) as ended:
+        startup.leave(server_args, StartupError(message))
+    return ended.value.args[0]
+
+
+def _arguments(**attributes):
+    config = SphericalConfig(kv_format="spherical")
+    return SimpleNamespace(_spherical=config, tp_size=1, dp_size=1, **attributes)
+
+
+def test_a_worker_s_error_is_printed_once_and_raised_in_the_launching_process(monkeypatch, capsys):
+    server_args = _arguments()
+
+    def two_workers_fail(cls, args):
+        assert _leave(monkeypatch, args, "too little\nmemory") == EXIT_CODE
+        assert _leave(monkeypatch, args, "too little memory, says the other") == EXIT_CODE
+        raise RuntimeError("Rank 0 scheduler died")
+
+    with pytest.raises(StartupError, match=r"^too little memory$"):
+        startup.launch(two_workers_fail, None, server_args)
+    assert capsys.readouterr().err == "error: too little memory\n"
+
+
+def test_a_command_line_ends_without_saying_it_again(monkeypatch, capsys):
+    server_args = _arguments(_spherical_from_command_line=True)
+
+    def worker_fails(cls, args):
+        _leave(monkeypatch, args, "too little memory")
+        raise RuntimeError("Rank 0 scheduler died")
+
+    with pytest.raises(SystemExit) as stop:
+        startup.launch(worker_fails, None, server_args)
+    assert stop.value.code == EXIT_CODE
+    assert capsys.readouterr().err == "error: too little memory\n"
+
+
+def test_other_failures_stay_sglang_s():
+    def fails(cls, args):
+        raise RuntimeError("out of ports")
+
+    with pytest.raises(RuntimeError, match="out of ports"):
+        startup.launch(fails, None, _arguments())
+
+
+def test_a_worker_is_verified_once_built(monkeypatch, capsys):
+    def verify(scheduler):
+        raise StartupError("not in effect")
+
+    def end(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(engagement, "verify", verify)
+    monkeypatch.setattr(startup.os, "_exit", end)
+    built = []
+    with pytest.raises(Ended):
+        startup.build_scheduler(lambda *args: built.append(args), "self", _arguments(), "ports")
+    assert len(built) == 1
+    assert capsys.readouterr().err == "error: not in effect\n"
