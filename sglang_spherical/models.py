@@ -113,7 +113,7 @@ def convert_gguf(gguf: Path, out: Path, dtype: torch.dtype | None = None) -> Pat
 
 
 def _restore_special_tokens(gguf: Path, model: Any, tokenizer: Any) -> None:
-    """Take eos and pad from the file: transformers guesses them by name, for SmolLM2 wrongly."""
+    """Take eos and pad from the file: transformers 5.12 gives eos the token of bos's id."""
     from gguf import GGUFReader
 
     fields = GGUFReader(gguf).fields

@@ -115,6 +115,8 @@ def server_command(model: Path | str, port: int, args: Sequence[str]) -> list[st
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
     command += ["--host", HOST, "--port", str(port), *args]
     given = {arg.partition("=")[0] for arg in args}
+    if "--spherical-kv-bytes" in given:  # sizes the cache too
+        given.add("--max-total-tokens")
     for flag, value in ({} if has_gpu() else CPU_ARGS).items():
         if flag not in given:
             command += [flag] if value is None else [flag, value]
@@ -122,7 +124,8 @@ def server_command(model: Path | str, port: int, args: Sequence[str]) -> list[st
 
 
 def server_environment() -> dict[str, str]:
-    return {**os.environ, **ENV, **({} if has_gpu() else CPU_ENV)}
+    """This process's environment, with `ENV` and `CPU_ENV` where it is silent on them."""
+    return {**ENV, **({} if has_gpu() else CPU_ENV), **os.environ}
 
 
 def _start(command: list[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
