@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml Makefile patches/spherical_patches/torchvision_cpu.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install $(TRITON)
-	$(BIN)/python -m pip install --no-deps $(SGLANG)
 	$(BIN)/python -m pip install --editable '.[cpu,eval,test]'
+	$(BIN)/python -m pip install --no-deps $(SGLANG)
 	$(BIN)/python -m spherical_patches.torchvision_cpu
 	touch $@
