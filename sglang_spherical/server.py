@@ -28,14 +28,14 @@ from sglang_spherical.banner import Banner, parse
 
 HOST = "127.0.0.1"
 READY_SECONDS = 900.0  # kernels compile during a first start on a GPU
-POLL_SECONDS = 0.25
+POLL_SECONDS = 0.5
 # What a machine without a GPU needs: without a cap SGLang sizes the cache by the free memory; more
 # than one thread per process collapses on few cores; rotary tables in float32 as on CUDA.
 CPU_ARGS = {"--device": "cpu", "--max-total-tokens": "16384", "--sleep-on-idle": None}
 CPU_ENV = {"OMP_NUM_THREADS": "1", "SGLANG_ROPE_CACHE_FP32": "1"}
 # Asking whether the server is ready must not put a request of its own into the cache.
 ENV = {"PYTHONUNBUFFERED": "1", "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
-STAGE_LINE = re.compile(r"^\[\d{4}-[^\]]*\] (.*)$", re.MULTILINE)  # SGLang's own log lines
+STAGE_LINE = re.compile(r"^\[\d{4}-[^\]]*\] (?!INFO: )(.*)$", re.MULTILINE)  # not of uvicorn
 ERROR_LINE = re.compile(r"(error: |\S*(Error|Exception): )")
 
 
