@@ -11,8 +11,8 @@ on with the dense cache. So no single place is trusted. What can fail, alone, an
 3. The plugin is not loaded in a worker, or fails before it registers its backends: the launching
    process has put the name `spherical` into `attention_backend` and `radix_cache_backend`, which
    SGLang looks up in its registries and does not find.
-4. A hook is missing in a worker: both registered factories, which SGLang calls by name and not
-   through hooks, check the ledger before they build anything.
+4. A hook is missing in a worker: the other hooks look at the ledger before they do anything, and
+   so do both registered factories, which SGLang calls by name and not through hooks.
 5. The hooks sit but do not act (a subclass overrides a hooked method, another plugin replaces its
    result): the backend factory takes no pool but ours, and `verify` looks at the four parts that
    the scheduler holds.

@@ -10,16 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_spherical.errors import StartupError
-from spherical_patches.hooks import require_applied
 from spherical_patches.refusals import NAME
-from spherical_patches.server_args import spherical_config
+from spherical_patches.server_args import engaged_config
 
 
 def build_pool(
     original: Callable[..., Any], self: Any, *, max_total_num_tokens: int, **kwargs: Any
 ) -> Any:
     """Around `KVCacheConfigurator._build_mha_kv_pool`."""
-    if spherical_config(self.server_args) is None:
+    if engaged_config(self.server_args) is None:
         return original(self, max_total_num_tokens=max_total_num_tokens, **kwargs)
     from sglang_spherical.pool import factory
 
@@ -28,7 +27,7 @@ def build_pool(
 
 def build_allocator(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
     """Around `KVCacheConfigurator._build_token_to_kv_pool_allocator`."""
-    if spherical_config(self.server_args) is None:
+    if engaged_config(self.server_args) is None:
         return original(self, **kwargs)
     from sglang_spherical.pool import factory
 
@@ -56,8 +55,7 @@ def build_backend(model_runner: Any) -> Any:
 
 def _require_spherical(server_args: Any, flag: str) -> None:
     """SGLang calls the two registered factories by name, hooks or no hooks: the place to look."""
-    if spherical_config(server_args) is None:
+    if engaged_config(server_args) is None:
         raise StartupError(
             f"{flag} {NAME}: works only inside --kv-format spherical: give that flag instead"
         )
-    require_applied()

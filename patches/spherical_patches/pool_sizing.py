@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_spherical.errors import StartupError
-from spherical_patches.server_args import spherical_config
+from spherical_patches.server_args import engaged_config
 
 
 def cell_size(original: Callable[..., int], self: Any, kvc: Any, num_layers: int) -> int:
@@ -15,7 +15,7 @@ def cell_size(original: Callable[..., int], self: Any, kvc: Any, num_layers: int
     Bytes per token of hot pages over this rank's `num_layers` layers, so that SGLang's
     `max_total_num_tokens` counts hot-token equivalents.
     """
-    config = spherical_config(kvc.server_args)
+    config = engaged_config(kvc.server_args)
     if config is None:
         return original(self, kvc, num_layers)
     from sglang_spherical.pool.sizing import hot_bytes_per_token
@@ -28,7 +28,7 @@ def available_bytes(original: Callable[..., int], self: Any, pre_model_load_memo
 
     Raises StartupError where --spherical-kv-bytes is more than the device has free.
     """
-    config = spherical_config(self.server_args)
+    config = engaged_config(self.server_args)
     if config is None or config.kv_bytes is None:
         return original(self, pre_model_load_memory)
     free = _free_bytes(self.device, self.gpu_id)

@@ -29,6 +29,17 @@ def spherical_config(server_args: Any) -> SphericalConfig | None:
     return config
 
 
+def engaged_config(server_args: Any) -> SphericalConfig | None:
+    """As `spherical_config`, for the hooks of a worker, none of which works without the others.
+
+    Raises StartupError where the cache is to be spherical and a hook of the ledger is missing.
+    """
+    config = spherical_config(server_args)
+    if config is not None:
+        require_applied()
+    return config
+
+
 def add_arguments(result: None, parser: argparse.ArgumentParser) -> None:
     """After `ServerArgs.add_cli_args`."""
     flags.add_arguments(parser)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sglang_spherical.errors import EXIT_CODE, StartupError, one_line, print_error
+from spherical_patches.hooks import require_applied
 from spherical_patches.server_args import FROM_COMMAND_LINE, spherical_config
 
 REPORT = "_spherical_report"  # attribute of ServerArgs: path of the file, pickled to the workers
@@ -76,6 +77,7 @@ def build_scheduler(
     from sglang_spherical import engagement
 
     try:
+        require_applied()  # before any weight is loaded
         original(self, server_args, *args, **kwargs)
         engagement.verify(self)
     except StartupError as error:

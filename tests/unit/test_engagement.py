@@ -222,6 +222,7 @@ def test_a_worker_is_verified_once_built(monkeypatch, capsys):
 
     monkeypatch.setattr(engagement, "verify", verify)
     monkeypatch.setattr(startup.os, "_exit", end)
+    load_plugin()
     built = []
     with pytest.raises(Ended):
         startup.build_scheduler(lambda *args: built.append(args), "self", _arguments(), "ports")

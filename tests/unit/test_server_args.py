@@ -125,6 +125,7 @@ def test_dense_hooks_return_what_the_original_returns():
 
 
 def test_pool_bytes_are_taken_exactly_or_refused(monkeypatch):
+    load_plugin()
     config = SphericalConfig(kv_format="spherical", kv_bytes=1_000_000)
     configurator = SimpleNamespace(
         server_args=SimpleNamespace(_spherical=config), device="cpu", gpu_id=0
