@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from sglang_spherical.pool.layout import SIDES, PageLayout, split_descriptor
-from spherical_kernels.codec.slices import SliceLayout
+from spherical_kernels.codec.slices import ALIGNMENT, SliceLayout
 
 KEYS, VALUES = 0, 1
 
@@ -87,13 +87,13 @@ class Arena:
 
     def read_slices(self, layout: SliceLayout, addresses: torch.Tensor) -> torch.Tensor:
         """The slices at byte addresses [n], uint8 [n, size_bytes]."""
-        return self._words[self._word_index(layout, addresses)].view(torch.uint8)
+        return self._windows(layout)[addresses // ALIGNMENT].view(torch.uint8)
 
     def write_slices(
         self, layout: SliceLayout, addresses: torch.Tensor, slices: torch.Tensor
     ) -> None:
         """slices uint8 [n, size_bytes] to byte addresses [n]."""
-        self._words[self._word_index(layout, addresses)] = slices.view(torch.int64)
+        self._windows(layout)[addresses // ALIGNMENT] = slices.view(torch.complex128)
 
     def write_tokens(
         self,
@@ -110,13 +110,18 @@ class Arena:
         rows       uint8 [n, heads, row_bytes], packed codes
         radii      float16 [n, heads]
         """
-        (plane,) = layout.planes
-        start = addresses + plane.offset_bytes + (tokens * plane.row_bytes).unsqueeze(-1)
-        words = torch.arange(plane.row_bytes // 8, device=self.device)
+        (tile,) = layout.tiles
+        start = addresses + tile.offset_bytes + (tokens * tile.row_bytes).unsqueeze(-1)
+        words = torch.arange(tile.row_bytes // 8, device=self.device)
         self._words[(start // 8).unsqueeze(-1) + words] = rows.view(torch.int64)
         at = addresses + layout.radii_offset_bytes + (tokens * 2).unsqueeze(-1)
         self._halves[at // 2] = radii
 
-    def _word_index(self, layout: SliceLayout, addresses: torch.Tensor) -> torch.Tensor:
-        words = torch.arange(layout.size_bytes // 8, device=self.device)
-        return (addresses // 8).unsqueeze(-1) + words
+    def _windows(self, layout: SliceLayout) -> torch.Tensor:
+        """A view [places, size_bytes / 16] of every place a slice may start at.
+
+        The element type is of no matter but for its 16 bytes.
+        """
+        length = layout.size_bytes // ALIGNMENT
+        units = self.bytes.view(torch.complex128)
+        return units.as_strided((len(units) - length + 1, length), (1, 1))

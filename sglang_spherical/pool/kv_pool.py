@@ -85,7 +85,7 @@ class SphericalKVPool(KVCache):
             slices = self.layout.side_layouts(0)[side]
             y = (x.float() - self.frames.centre[side, index]) @ self.frames.rotation.T
             codes, radii = code_directions(y, slices.pattern.bits[0])
-            rows = pack_digits(codes, slices.planes[0].bits)
+            rows = pack_digits(codes, slices.pattern.bits[0])
             self.arena.write_tokens(
                 slices, addresses[..., side], tokens, rows, radii.squeeze(-1).half()
             )

@@ -9,6 +9,8 @@ never sees the step.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from .patterns import BANDS
@@ -20,6 +22,8 @@ GAUSSIAN_STEP = {2: 0.9957, 4: 0.3352, 6: 0.1041}
 
 STEP_FACTORS = (0.7, 0.85, 1.0, 1.15, 1.3)
 """Steps tried around the Gaussian one."""
+
+_SMALLEST_SCALE = 2.0**-24  # of float16, subnormal: a scale is this or zero
 
 
 def code_directions(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,6 +56,7 @@ def code_directions(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Ten
     return (best_level + (half - 0.5)).to(torch.uint8), best_radius
 
 
+@cache
 def level_offset(layout: SliceLayout, device: torch.device | str = "cpu") -> torch.Tensor:
     """What to subtract from a code of each band to get its level: float32 [bands, 1, 1]."""
     offsets = [(2**bits - 1) / 2 for bits in layout.pattern.bits]
@@ -121,8 +126,8 @@ def write_radii(layout: SliceLayout, slices: torch.Tensor, radii: torch.Tensor) 
         return
     scale = radii.amax(-1).half()
     _scales(layout, slices)[:, list(layout.pattern.coded_bands)] = scale
-    floor = torch.finfo(torch.float16).tiny
-    codes = encode_radii(radii.nan_to_num(0.0), scale.float().clamp_min(floor).unsqueeze(-1))
+    divisor = scale.float().clamp_min(_SMALLEST_SCALE).unsqueeze(-1)
+    codes = encode_radii(radii.nan_to_num(0.0), divisor)
     slices[:, start:end] = codes.flatten(1)
 
 

@@ -1,19 +1,20 @@
 """The bytes of one slice: what a (page, layer, KV head) holds of its keys, or of its values.
 
-    HOT          | radii fp16 [page_size] | digit planes |
-    CALIBRATED   | centroid u8 [d] | scales fp16 [8] | radii u8 [bands, page_size] | digit planes |
+    HOT          | radii fp16 [page_size] | tiles |
+    CALIBRATED   | centroid u8 [d] | scales fp16 [8] | radii u8 [bands, page_size] | tiles |
 
 The centroid is an 8-bit angle code in the slice's own frame. `scales` holds the largest radius of
 each band, then the centroid's radius; the rest is zero.
 
-A digit plane is [page_size, row_bytes]. Its n channels are cut into 8/bits equal runs, and byte j
-of a row holds digit j of every run, the first run in the low bits: a mask or shift of a whole row
-gives one contiguous run of channels.
+A tile is [page_size, row_bytes]. In a full tile a byte holds digits of one channel position of
+several bands, 8 bits together, so that one mask and shift takes a whole band out. A digit left over
+has a tile of its own, where the channels of the band are cut into 8/bits equal runs and byte j of a
+row holds channel j of every run, the first run in the low bits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import torch
@@ -28,13 +29,21 @@ ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
-class DigitPlane:
-    """Digits of `bits` bits of the bands `bands`; `shifts[i]` is the place of band i's digit in its
-    code."""
+class Digit:
+    """`bits` bits of a band's codes, and their places in the byte and in the code, from bit 0."""
 
+    band: int
     bits: int
-    bands: tuple[int, ...]
-    shifts: tuple[int, ...]
+    byte_shift: int
+    code_shift: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Digits stored together, [page_size, row_bytes] at `offset_bytes`; one digit if cut into runs."""
+
+    digits: tuple[Digit, ...]
+    runs: int
     offset_bytes: int
     row_bytes: int
 
@@ -83,28 +92,36 @@ class SliceLayout:
         return per_token * self.page_size
 
     @cached_property
-    def planes(self) -> tuple[DigitPlane, ...]:
-        """Digit planes, widest digits first."""
-        planes, offset = [], self.radii_offset_bytes + self.radii_bytes
-        for width in (8, 4, 2):
-            bands, shifts = [], []
-            for band, bits in enumerate(self.pattern.bits):
-                digits = DIGITS[bits]
-                if width in digits:
-                    bands.append(band)
-                    shifts.append(sum(digits[digits.index(width) + 1 :]))
-            if bands:
-                row_bytes = len(bands) * self.band_width * width // 8
-                planes.append(DigitPlane(width, tuple(bands), tuple(shifts), offset, row_bytes))
-                offset += row_bytes * self.page_size
-        return tuple(planes)
+    def tiles(self) -> tuple[Tile, ...]:
+        """Full tiles, then those of left-over digits; widest digits first."""
+        tiles: list[Tile] = []
+        offset, filled, together = self.radii_offset_bytes + self.radii_bytes, 0, []
+        for band, bits, code_shift in self._digits():
+            together.append(Digit(band, bits, filled, code_shift))
+            filled += bits
+            if filled == 8:
+                tiles.append(Tile(tuple(together), 1, offset, self.band_width))
+                offset, filled, together = offset + self.page_size * self.band_width, 0, []
+        for digit in together:
+            row_bytes = self.band_width * digit.bits // 8
+            alone = replace(digit, byte_shift=0)
+            tiles.append(Tile((alone,), 8 // digit.bits, offset, row_bytes))
+            offset += self.page_size * row_bytes
+        return tuple(tiles)
+
+    def _digits(self) -> list[tuple[int, int, int]]:
+        """(band, bits, shift in the code) of every digit, widest first."""
+        found = []
+        for band, bits in enumerate(self.pattern.bits):
+            digits = DIGITS[bits]
+            found += [(band, width, sum(digits[i + 1 :])) for i, width in enumerate(digits)]
+        return sorted(found, key=lambda digit: -digit[1])
 
     @cached_property
     def size_bytes(self) -> int:
         """All of the slice, padded to `ALIGNMENT`."""
-        end = self.radii_offset_bytes + self.radii_bytes
-        if self.planes:
-            end = self.planes[-1].offset_bytes + self.planes[-1].row_bytes * self.page_size
+        last = self.tiles[-1]
+        end = last.offset_bytes + last.row_bytes * self.page_size
         return -(-end // ALIGNMENT) * ALIGNMENT
 
 
@@ -133,15 +150,19 @@ def unpack_digits(rows: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def write_codes(layout: SliceLayout, slices: torch.Tensor, codes: torch.Tensor) -> None:
-    """Packs codes uint8 [n, bands, page_size, band_width] into slices uint8 [n, size_bytes], in
-    place."""
-    for plane in layout.planes:
-        mask = (1 << plane.bits) - 1
-        digits = [codes[:, b] >> s & mask for b, s in zip(plane.bands, plane.shifts)]
-        end = plane.offset_bytes + plane.row_bytes * layout.page_size
-        slices[:, plane.offset_bytes : end] = pack_digits(
-            torch.cat(digits, -1), plane.bits
-        ).flatten(1)
+    """Packs codes into slices uint8 [n, size_bytes], in place.
+
+    codes uint8 [n, bands, page_size, band_width]
+    """
+    for tile in layout.tiles:
+        rows = None
+        for digit in tile.digits:
+            part = codes[:, digit.band] >> digit.code_shift & ((1 << digit.bits) - 1)
+            part = pack_digits(part, digit.bits) if tile.runs > 1 else part << digit.byte_shift
+            rows = part if rows is None else rows | part
+        assert rows is not None
+        end = tile.offset_bytes + tile.row_bytes * layout.page_size
+        slices[:, tile.offset_bytes : end] = rows.flatten(1)
 
 
 def read_codes(layout: SliceLayout, slices: torch.Tensor) -> torch.Tensor:
@@ -149,17 +170,23 @@ def read_codes(layout: SliceLayout, slices: torch.Tensor) -> torch.Tensor:
 
     Returns [n, bands, page_size, band_width]; a band without codes reads as zero.
     """
+    digits: list[list[torch.Tensor]] = [[] for _ in range(layout.bands)]
+    for tile in layout.tiles:
+        end = tile.offset_bytes + tile.row_bytes * layout.page_size
+        rows = slices[:, tile.offset_bytes : end].unflatten(-1, (layout.page_size, tile.row_bytes))
+        for digit in tile.digits:
+            part = unpack_digits(rows, digit.bits) if tile.runs > 1 else _cut(rows, digit)
+            digits[digit.band].append(part << digit.code_shift if digit.code_shift else part)
+    if layout.bands == 1:
+        return digits[0][0].float().unsqueeze(1)
     shape = len(slices), layout.bands, layout.page_size, layout.band_width
     codes = torch.empty(shape, device=slices.device)
-    digits: list[list[torch.Tensor]] = [[] for _ in range(layout.bands)]
-    for plane in layout.planes:
-        end = plane.offset_bytes + plane.row_bytes * layout.page_size
-        rows = slices[:, plane.offset_bytes : end].unflatten(
-            -1, (layout.page_size, plane.row_bytes)
-        )
-        runs = unpack_digits(rows, plane.bits).unflatten(-1, (len(plane.bands), -1))
-        for i, (band, shift) in enumerate(zip(plane.bands, plane.shifts)):
-            digits[band].append(runs[..., i, :] << shift if shift else runs[..., i, :])
     for band, parts in enumerate(digits):
         codes[:, band] = parts[0] | parts[1] if len(parts) == 2 else parts[0] if parts else 0
     return codes
+
+
+def _cut(rows: torch.Tensor, digit: Digit) -> torch.Tensor:
+    """The digit of every byte of `rows`."""
+    shifted = rows >> digit.byte_shift if digit.byte_shift else rows
+    return shifted if digit.byte_shift + digit.bits == 8 else shifted & ((1 << digit.bits) - 1)
