@@ -40,7 +40,7 @@ class Digit:
 
 @dataclass(frozen=True)
 class Tile:
-    """Digits stored together, [page_size, row_bytes] at `offset_bytes`; one digit if cut into runs."""
+    """Digits stored together: [page_size, row_bytes] at `offset_bytes`. Only one digit has runs."""
 
     digits: tuple[Digit, ...]
     runs: int
