@@ -26,18 +26,43 @@ def cell_size(original: Callable[..., int], self: Any, kvc: Any, num_layers: int
 def available_bytes(original: Callable[..., int], self: Any, pre_model_load_memory: int) -> int:
     """Around `KVCacheConfigurator._profile_available_bytes`: the pool's budget in bytes.
 
-    Raises StartupError where --spherical-kv-bytes is more than the device has free.
+    Raises StartupError where the device has less free than --spherical-kv-bytes asks for, and where
+    the budget does not hold one page.
     """
     config = engaged_config(self.server_args)
-    if config is None or config.kv_bytes is None:
+    if config is None:
         return original(self, pre_model_load_memory)
-    free = _free_bytes(self.device, self.gpu_id)
-    if config.kv_bytes > free:
+    if config.kv_bytes is None:
+        budget, remedy = _profiled(original, self, pre_model_load_memory), "--mem-fraction-static"
+    else:
+        budget, remedy = _asked_for(config.kv_bytes, self), "--spherical-kv-bytes"
+    from sglang_spherical.pool.sizing import hot_bytes_per_token
+
+    layers = self.layer_info.num_effective_layers
+    page_bytes = hot_bytes_per_token(self, layers, config) * self.server_args.page_size
+    if budget < page_bytes:
         raise StartupError(
-            f"--spherical-kv-bytes {config.kv_bytes}: {self.device} has {free} bytes free after "
+            f"{remedy}: {budget} bytes are left for the KV cache and one page of "
+            f"{self.server_args.page_size} tokens takes {page_bytes}: raise it"
+        )
+    return budget
+
+
+def _profiled(original: Callable[..., int], configurator: Any, pre_model_load_memory: int) -> int:
+    try:
+        return original(configurator, pre_model_load_memory)
+    except ValueError as error:  # the weights alone are too large
+        raise StartupError(str(error)) from error
+
+
+def _asked_for(kv_bytes: int, configurator: Any) -> int:
+    free = _free_bytes(configurator.device, configurator.gpu_id)
+    if kv_bytes > free:
+        raise StartupError(
+            f"--spherical-kv-bytes {kv_bytes}: {configurator.device} has {free} bytes free after "
             "loading the model: use fewer"
         )
-    return config.kv_bytes
+    return kv_bytes
 
 
 def _free_bytes(device: str, gpu_id: int) -> int:

@@ -195,6 +195,12 @@ def _check_pages(arguments: Mapping[str, Any]) -> None:
             f"--page-size {page_size}: spherical pages hold "
             f"{', '.join(map(str, PAGE_SIZES))} tokens: use one of these"
         )
+    capacity = arguments.get("max_total_tokens")
+    if capacity is not None and capacity < page_size:
+        raise StartupError(
+            f"--max-total-tokens {capacity}: less than one page: use a multiple of --page-size "
+            f"{page_size}"
+        )
     chunk = arguments.get("chunked_prefill_size")
     if chunk is not None and chunk > 0 and chunk % page_size:
         raise StartupError(

@@ -61,6 +61,7 @@ COMMAND_LINES = [
     "--page-size 1",
     "--page-size 128",
     "--chunked-prefill-size 100",
+    "--max-total-tokens 63",
     "--device cuda",
 ]
 

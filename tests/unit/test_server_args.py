@@ -124,14 +124,49 @@ def test_dense_hooks_return_what_the_original_returns():
         assert hook(original, *args, **kwargs) == (marker, args, kwargs)
 
 
-def test_pool_bytes_are_taken_exactly_or_refused(monkeypatch):
-    load_plugin()
-    config = SphericalConfig(kv_format="spherical", kv_bytes=1_000_000)
-    configurator = SimpleNamespace(
-        server_args=SimpleNamespace(_spherical=config), device="cpu", gpu_id=0
+def _configurator(**config):
+    return SimpleNamespace(
+        server_args=SimpleNamespace(
+            _spherical=SphericalConfig(kv_format="spherical", **config), page_size=64
+        ),
+        device="cpu",
+        gpu_id=0,
+        layer_info=SimpleNamespace(num_effective_layers=2),
     )
+
+
+@pytest.fixture
+def hundred_bytes_per_token(monkeypatch):
+    load_plugin()
+    from sglang_spherical.pool import sizing
+
+    monkeypatch.setattr(sizing, "hot_bytes_per_token", lambda kvc, layers, config: 100)
+
+
+def test_pool_bytes_are_taken_exactly_or_refused(monkeypatch, hundred_bytes_per_token):
+    configurator = _configurator(kv_bytes=1_000_000)
     monkeypatch.setattr(pool_sizing, "_free_bytes", lambda device, gpu_id: 1_000_000)
     assert pool_sizing.available_bytes(None, configurator, 0) == 1_000_000
     monkeypatch.setattr(pool_sizing, "_free_bytes", lambda device, gpu_id: 999_999)
     with pytest.raises(StartupError, match="--spherical-kv-bytes 1000000: cpu has 999999 bytes"):
         pool_sizing.available_bytes(None, configurator, 0)
+
+
+def test_less_than_a_page_is_refused(monkeypatch, hundred_bytes_per_token):
+    def profile(configurator, memory):
+        return memory
+
+    assert pool_sizing.available_bytes(profile, _configurator(), 6400) == 6400
+    with pytest.raises(StartupError, match=r"--mem-fraction-static: 6399 bytes .* takes 6400"):
+        pool_sizing.available_bytes(profile, _configurator(), 6399)
+    monkeypatch.setattr(pool_sizing, "_free_bytes", lambda device, gpu_id: 1_000_000)
+    with pytest.raises(StartupError, match=r"--spherical-kv-bytes: 6399 bytes .* takes 6400"):
+        pool_sizing.available_bytes(profile, _configurator(kv_bytes=6399), 0)
+
+
+def test_weights_that_leave_nothing_are_one_line_too(hundred_bytes_per_token):
+    def profile(configurator, memory):
+        raise ValueError("Loaded weights leave no GPU memory")
+
+    with pytest.raises(StartupError, match="Loaded weights leave no GPU memory"):
+        pool_sizing.available_bytes(profile, _configurator(), 0)
