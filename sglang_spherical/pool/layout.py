@@ -58,14 +58,15 @@ class PageLayout:
     ) -> PageLayout:
         """The layout whose pages, over all levels, waste the least.
 
-        Raises StartupError when the head dimension or the page size cannot be packed.
+        Raises StartupError when the page size cannot be packed, or when pages would grow from one
+        level to the next.
         """
         best: tuple[float, PageLayout] | None = None
         for hot_blocks in (h for h in range(1, page_size + 1) if page_size % h == 0):
             sides = [level_sides(level, page_size, head_dim) for level in levels]
             for block_bytes in _block_sizes(sides, layers * kv_heads, hot_blocks):
                 layout = cls(page_size, head_dim, layers, kv_heads, levels, hot_blocks, block_bytes)
-                if layout.blocks[0] != hot_blocks or block_bytes // ALIGNMENT >> OFFSET_BITS:
+                if block_bytes // ALIGNMENT >> OFFSET_BITS or not layout._fits(hot_blocks):
                     continue
                 waste = layout.relative_size()
                 if best is None or waste < best[0]:
@@ -73,10 +74,15 @@ class PageLayout:
         if best is None:
             raise StartupError(
                 f"--page-size {page_size}: no block size packs {layers} layers of {kv_heads} KV "
-                f"heads "
-                f"of dimension {head_dim}; use a larger page size"
+                f"heads of dimension {head_dim} with no level larger than the one before: use a "
+                "larger page size, or --spherical-*-bits further apart"
             )
         return best[1]
+
+    def _fits(self, hot_blocks: int) -> bool:
+        """Whether a hot page fills `hot_blocks`, and no level needs more than the one before."""
+        steps = zip(self.blocks, self.blocks[1:])
+        return self.blocks[0] == hot_blocks and all(finer >= coarser for finer, coarser in steps)
 
     @cached_property
     def blocks(self) -> tuple[int, ...]:
@@ -92,6 +98,10 @@ class PageLayout:
     def cost_tokens(self) -> tuple[int, ...]:
         """Hot-token equivalents of a page, by level; `page_size` at level 0."""
         return tuple(blocks * self.unit_tokens for blocks in self.blocks)
+
+    def finest_of_cost(self, level: int) -> int:
+        """The finest level whose pages cost what those of `level` do: small pages round up."""
+        return self.cost_tokens.index(self.cost_tokens[level])
 
     @property
     def table_bytes(self) -> int:

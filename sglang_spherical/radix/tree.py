@@ -36,8 +36,8 @@ class SphericalRadixCache(RadixCache):
     def __init__(self, params: CacheInitParams, config: SphericalConfig) -> None:
         self.allocator: SphericalAllocator = params.token_to_kv_pool_allocator
         self.layout = self.allocator.pool.layout
-        self.budget = BUDGETS.index(config.budget)
-        self.coldest = len(self.layout.levels) - 1
+        self.budget = self.layout.finest_of_cost(BUDGETS.index(config.budget))
+        self.coldest = self.layout.finest_of_cost(len(self.layout.levels) - 1)
         self.watermark = config.watermark
         self.recent_tokens = config.recent_tokens
         self.inserted_node: Node = None
