@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from sglang.srt.runtime_context import get_exec
+from sglang.srt.runtime_context import get_exec, get_parallel
 
+from sglang_spherical import frame_file
 from sglang_spherical.config import SphericalConfig
 from sglang_spherical.errors import StartupError
 from sglang_spherical.pool.allocator import SphericalAllocator
@@ -42,7 +44,23 @@ def build_pool(configurator: Any, max_total_num_tokens: int) -> SphericalKVPool:
         configurator.layer_info.start_layer,
         configurator.layer_info.end_layer,
     )
+    if config.frames is not None:
+        _load_frames(pool, configurator, Path(config.frames))
     return pool
+
+
+def _load_frames(pool: SphericalKVPool, configurator: Any, path: Path) -> None:
+    """Gives the pool its layers and KV heads of a calibration file of all.
+
+    Raises StartupError when the file is damaged or belongs to another model.
+    """
+    model = configurator.model_config
+    identity = frame_file.model_identity(frame_file.local_model(model.model_path, model.revision))
+    known = frame_file.load(path, identity)
+    parallel = get_parallel()
+    heads = frame_file.rank_heads(known.kv_heads, parallel.attn_tp_rank, parallel.attn_tp_size)
+    mine = known.part(slice(pool.start_layer, pool.end_layer), heads)
+    pool.frames.load(mine.centre, mine.gain, mine.spread)
 
 
 def build_allocator(configurator: Any, *, token_to_kv_pool: Any, **_: Any) -> SphericalAllocator:

@@ -52,6 +52,16 @@ class HeadStatistics:
             )
         self.spread_count[layer] += whole
 
+    def gain(self) -> torch.Tensor:
+        """Root mean square of the queries: [layers, kv_heads, d]."""
+        count = torch.tensor(self.query_count, device=self.query_square.device)
+        return (self.query_square / count.view(-1, 1, 1)).sqrt()
+
+    def spread(self) -> torch.Tensor:
+        """Root mean square of keys and values around their page: [2, layers, kv_heads, d]."""
+        count = torch.tensor(self.spread_count, device=self.spread_square.device)
+        return (self.spread_square / count.view(-1, 1, 1)).sqrt()
+
     def reset(self) -> None:
         """Forgets everything observed."""
         self.query_square.zero_()
@@ -131,14 +141,32 @@ class Frames:
         """
         if self.calibrated:
             return
-        seen = self.statistics
-        if min(seen.spread_count) == 0:
+        if min(self.statistics.spread_count) == 0:
             raise RuntimeError("frames: cannot calibrate before a prefill of one page")
-        for layer, (queries, spreads) in enumerate(zip(seen.query_count, seen.spread_count)):
-            spread = (seen.spread_square[:, layer] / spreads).sqrt()
-            gain = (seen.query_square[layer] / queries).sqrt()
-            for side, side_gain in ((KEYS, gain), (VALUES, torch.ones_like(gain))):
-                matrix, dual = calibrated_frame(side_gain, spread[side])
+        self._rebuild(self.statistics.gain(), self.statistics.spread())
+
+    def load(self, centre: torch.Tensor, gain: torch.Tensor, spread: torch.Tensor) -> None:
+        """Takes centres and frames from a calibration file, for good: nothing is gathered online.
+
+        centre and spread [2, layers, kv_heads, d], gain [layers, kv_heads, d], of this rank.
+        Raises ValueError when they are of another shape.
+        """
+        if spread.shape != self.centre.shape or gain.shape != self.centre.shape[1:]:
+            raise ValueError(
+                f"frames: expected statistics of shape {tuple(self.centre.shape)}, "
+                f"got {tuple(spread.shape)}"
+            )
+        self.centre.copy_(centre)
+        self.centred = [True] * len(self.centred)
+        self._rebuild(gain.to(self.centre.device), spread.to(self.centre.device))
+        self.from_file = True
+
+    def _rebuild(self, gain: torch.Tensor, spread: torch.Tensor) -> None:
+        """The calibrated frames that statistics (see `load`) call for."""
+        for layer, layer_gain in enumerate(gain):
+            # Errors of values are summed as they are: no channel counts more than another.
+            for side, side_gain in ((KEYS, layer_gain), (VALUES, torch.ones_like(layer_gain))):
+                matrix, dual = calibrated_frame(side_gain, spread[side, layer])
                 self.matrix[side, layer], self.dual[side, layer] = matrix, dual
         self.calibrated = True
 
