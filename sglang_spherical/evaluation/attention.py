@@ -1,0 +1,138 @@
+"""A Hugging Face model whose attention reads coded keys and values, under teacher forcing.
+
+The window is walked page by page, as a request grows: the queries of a page read their own page at
+level 0 and everything before it as the cache holds it by then, that is at the tier that is being
+measured, but for the first page, whose sinks stay at level 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from sglang_spherical.evaluation.coding import TierCoder
+from sglang_spherical.evaluation.scores import LayerErrors
+from sglang_spherical.pool.arena import KEYS, VALUES
+from sglang_spherical.pool.frames import Frames
+
+ATTENTION_NAME = "sglang_spherical_evaluation"
+SAMPLE_EVERY = 8
+"""Queries of a window's second half whose attention is compared with exact keys: every eighth."""
+
+
+@dataclass(frozen=True)
+class CodedRead:
+    """How prefixes are read: through which codes, at which level, and where errors are summed."""
+
+    coder: TierCoder
+    level: int
+    errors: LayerErrors
+
+
+class MeasuredAttention:
+    """The attention of every layer of one model: dense, or through codes.
+
+    coded    how prefixes are read; None attends densely
+    learner  frames that learn from what passes; None when they are settled
+    """
+
+    def __init__(self) -> None:
+        self.coded: CodedRead | None = None
+        self.learner: Frames | None = None
+
+    def install(self, model: Any) -> None:
+        """Makes `model` attend through this object. The newest installation wins in a process."""
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+        AttentionInterface.register(ATTENTION_NAME, self.forward)
+        AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+        model.set_attn_implementation(ATTENTION_NAME)
+
+    def forward(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """transformers' attention interface, for one causal window without padding.
+
+        query [1, q_heads, tokens, d], key and value [1, kv_heads, tokens, d].
+        Returns [1, tokens, q_heads, d].
+        """
+        for name in ("sliding_window", "softcap", "s_aux"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"--model: its attention uses {name}, which is not served")
+        q, k, v = query[0], key[0], value[0]
+        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+        if self.learner is not None:
+            _learn(self.learner, module.layer_idx, q, k, v)
+        if self.coded is None:
+            out = scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scale, enable_gqa=True
+            )[0]
+        else:
+            grouped = q.float().unflatten(0, (len(k), -1)) * scale
+            out = attend_codes(self.coded, module.layer_idx, grouped, k.float(), v.float())
+            out = out.flatten(0, 1).to(q.dtype)
+        return out.transpose(0, 1).unsqueeze(0).contiguous(), None
+
+
+def attend_codes(
+    read: CodedRead, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """Causal attention of a window of whole pages; errors are summed into `read.errors`.
+
+    q [kv_heads, group, tokens, d], scaled; k and v [kv_heads, tokens, d], exact; all float32.
+    Returns the output, of q's shape.
+    """
+    page_size, tokens = read.coder.frames.page_size, k.shape[1]
+    hot_k, tier_k = read.coder.reach(layer, KEYS, k, read.level)
+    hot_v, tier_v = read.coder.reach(layer, VALUES, v, read.level)
+    read.errors.add_values(layer, v, tier_v)
+    cached_k, cached_v = hot_k.clone(), hot_v.clone()
+    out = torch.empty_like(q)
+    for start in range(0, tokens, page_size):
+        end = start + page_size
+        p = causal_attention(q[:, :, start:end], cached_k[:, :end])
+        out[:, :, start:end] = p @ cached_v[:, None, :end]
+        if 2 * start >= tokens:
+            sample = slice(start, end, SAMPLE_EVERY)
+            exact = causal_attention(q[:, :, start:end], k[:, :end], SAMPLE_EVERY)
+            exact_out = exact @ v[:, None, :end]
+            read.errors.add_attention(
+                layer, exact, p[:, :, ::SAMPLE_EVERY], exact_out, out[:, :, sample]
+            )
+        if start:  # the page is full: it goes to the tier, unless it holds the sinks
+            cached_k[:, start:end] = tier_k[:, start:end]
+            cached_v[:, start:end] = tier_v[:, start:end]
+    return out
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, every: int = 1) -> torch.Tensor:
+    """Attention of the last n tokens, or of every so many of them, to k [kv_heads, tokens, d].
+
+    q [kv_heads, group, n, d], scaled -> probabilities [kv_heads, group, ceil(n / every), tokens].
+    """
+    n, tokens = q.shape[2], k.shape[1]
+    logits = q[:, :, ::every] @ k.unsqueeze(1).transpose(-1, -2)
+    positions = torch.arange(tokens - n, tokens, every, device=q.device)
+    future = torch.arange(tokens, device=q.device) > positions.unsqueeze(1)
+    return logits.masked_fill_(future, -torch.inf).softmax(-1)
+
+
+def _learn(frames: Frames, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """What the server's pool does with a prefill before its tokens are written."""
+    positions = torch.arange(k.shape[1], device=k.device)
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    centre = frames.new_centre(layer, k, v, positions)
+    if centre is not None:
+        frames.freeze_centre(layer, centre)
+    frames.observe(layer, q, k, v, positions)
