@@ -1,9 +1,10 @@
-"""How many prefix tokens stay cached in the same memory? Dense against spherical, by their own hits.
+"""How many prefix tokens stay cached in the same memory? Dense against spherical.
 
 usage: python benchmarks/capacity.py --model DIR [--kv-mib 64] [--json OUT]
 
-Both servers get the same bytes of KV memory and the same stream of distinct prompts, more than either
-can hold. Then the prompts are asked again, newest first, until one misses: what hits is resident.
+Both servers get the same bytes of KV memory and the same stream of distinct prompts, more than
+either can hold. Then the prompts are asked again, newest first, until one misses: what hits, by the
+servers' own `cached_tokens`, is resident.
 """
 
 from __future__ import annotations
@@ -54,10 +55,9 @@ def main() -> None:
         [rng.randrange(1000, 20000) for _ in range(args.tokens)] for _ in range(args.prompts)
     ]
     kv_bytes = args.kv_mib << 20
-    tokens = kv_bytes // dense_bytes_per_token(args.model) // 64 * 64
+    tokens = kv_bytes // dense_bytes_per_token(args.model)
     flags = {
-        "dense": ["--attention-backend", "torch_native", "--page-size", "64"]
-        + ["--max-total-tokens", str(tokens)],
+        "dense": ["--attention-backend", "torch_native", "--max-total-tokens", str(tokens)],
         "spherical": ["--kv-format", "spherical", "--spherical-kv-bytes", str(kv_bytes)],
     }
     resident = {}

@@ -2,8 +2,8 @@
 
 usage: python benchmarks/greedy_agreement.py --model DIR --text FILE [--tiers hot warm] [--json OUT]
 
-Each prompt is a passage of the text, sent twice: the second time its prefix comes from the cache, at
-the tier under test. Compared is the second answer.
+Each prompt is a passage of the text, sent twice: the second time its prefix comes from the cache,
+at the tier under test. Compared is the second answer.
 """
 
 from __future__ import annotations
