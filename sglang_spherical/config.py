@@ -58,7 +58,9 @@ class SphericalConfig:
                 f"--spherical-recent-tokens {self.recent_tokens}: expected 0 or more tokens"
             )
         if self.kv_bytes is not None and self.kv_bytes <= 0:
-            raise ValueError(f"--spherical-kv-bytes {self.kv_bytes}: expected a positive byte count")
+            raise ValueError(
+                f"--spherical-kv-bytes {self.kv_bytes}: expected a positive byte count"
+            )
 
 
 def _one_of(flag: str, value: object, choices: tuple[object, ...]) -> None:
