@@ -19,8 +19,17 @@ CENTRE_TOKENS = 64
 """Tokens of the first prefill whose mean may become a centre: fewer say little (a warm-up
 prompt)."""
 
+LARGEST = 65504.0
+"""Beyond float16's range, as NaN and infinity, a number says nothing about other prompts' keys."""
+
 SINK_TOKENS = 4
 """First positions, whose keys and values are unlike all others and are left out of statistics."""
+
+
+def _credible(x: torch.Tensor) -> torch.Tensor:
+    """x in float32, zero where no healthy model gets to: one request must not spoil all others."""
+    x = x.float()
+    return torch.where(x.abs() <= LARGEST, x, 0.0)
 
 
 class HeadStatistics:
@@ -114,8 +123,8 @@ class Frames:
         if self.calibrated:
             return
         keep = positions >= SINK_TOKENS
-        grouped = q[keep].float().unflatten(1, (k.shape[1], -1))
-        self.statistics.add(layer, grouped, k[keep].float(), v[keep].float(), self.page_size)
+        q, k, v = (_credible(x[keep]) for x in (q, k, v))
+        self.statistics.add(layer, q.unflatten(1, (k.shape[1], -1)), k, v, self.page_size)
 
     def new_centre(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor
@@ -127,7 +136,7 @@ class Frames:
         keep = positions >= SINK_TOKENS
         if int(keep.sum()) < CENTRE_TOKENS // 2:
             return None
-        return torch.stack([k[keep].float().mean(0), v[keep].float().mean(0)])
+        return torch.stack([_credible(x[keep]).mean(0) for x in (k, v)])
 
     def freeze_centre(self, layer: int, centre: torch.Tensor) -> None:
         """Sets a layer's centre [2, kv_heads, d] until the cache is flushed."""
@@ -172,8 +181,8 @@ class Frames:
 
     @property
     def ready(self) -> bool:
-        """Whether pages may be re-tiered: calibrated, or enough seen to be."""
-        return self.calibrated or min(self.statistics.spread_count) > 0
+        """Whether pages may be re-tiered: calibrated, or centred with enough seen to be."""
+        return self.calibrated or (all(self.centred) and min(self.statistics.spread_count) > 0)
 
     def reset(self) -> None:
         """Forgets what was gathered online; frames from a file stay."""
