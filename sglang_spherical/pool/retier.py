@@ -69,13 +69,12 @@ def recentre_pages(
 
     Needed once, when a layer's centre is frozen while shorter prompts are already in the cache.
     """
-    _, addresses = arena.locate(pages, layer)
-    for side, layout in enumerate(arena.layout.side_layouts(0)):
-        at = addresses[..., side].flatten()
-        dual = frames.duals(layout.pattern.frame, layer, side).repeat(len(pages), 1, 1)
-        matrix = frames.matrices(layout.pattern.frame, layer, side).repeat(len(pages), 1, 1)
-        old = frames.centre[side, layer].repeat(len(pages), 1)
-        x = decode_slices(layout, arena.read_slices(layout, at), dual, old)
-        arena.write_slices(
-            layout, at, encode_slices(layout, x, matrix, centre[side].repeat(len(pages), 1))
-        )
+    for some in pages.split(PAGES_AT_ONCE):
+        _, addresses = arena.locate(some, layer)
+        for side, layout in enumerate(arena.layout.side_layouts(0)):
+            at, count = addresses[..., side].flatten(), len(some)
+            dual = frames.duals(layout.pattern.frame, layer, side).repeat(count, 1, 1)
+            matrix = frames.matrices(layout.pattern.frame, layer, side).repeat(count, 1, 1)
+            before, after = (c.repeat(count, 1) for c in (frames.centre[side, layer], centre[side]))
+            x = decode_slices(layout, arena.read_slices(layout, at), dual, before)
+            arena.write_slices(layout, at, encode_slices(layout, x, matrix, after))

@@ -18,8 +18,8 @@ import torch
 from ..codec.pages import join_bands, level_offset, read_centroids, read_radii, split_bands
 from ..codec.slices import SliceLayout, read_codes
 
-CHUNK_ELEMENTS = 1 << 23
-"""Logits computed at once: bounds the memory of a long prefix under many query rows."""
+CHUNK_ELEMENTS = 1 << 21
+"""Codes or logits held at once: bounds the memory of a long prefix, and under many query rows."""
 
 
 @dataclass
@@ -67,7 +67,7 @@ def attend_entries(
     valid   int64 [entries], tokens of the entry that exist: the first ones of its page
     """
     queries, page_size, bands = q.shape[1], keys.layout.page_size, keys.layout.bands
-    step = max(1, CHUNK_ELEMENTS // (bands * queries * page_size))
+    step = max(1, CHUNK_ELEMENTS // (max(bands * queries, q.shape[-1]) * page_size))
     query = _frame_query(q, keys)
     state = empty_state(q)
     for start in range(0, len(row_of), step):
