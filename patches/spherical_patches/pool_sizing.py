@@ -27,7 +27,7 @@ def available_bytes(original: Callable[..., int], self: Any, pre_model_load_memo
     """Around `KVCacheConfigurator._profile_available_bytes`: the pool's budget in bytes.
 
     Raises StartupError where the device has less free than --spherical-kv-bytes asks for, and where
-    the budget does not hold one page.
+    the budget does not hold a page beside the padding page.
     """
     config = engaged_config(self.server_args)
     if config is None:
@@ -40,12 +40,12 @@ def available_bytes(original: Callable[..., int], self: Any, pre_model_load_memo
 
     layers = self.layer_info.num_effective_layers
     page_bytes = hot_bytes_per_token(self, layers, config) * self.server_args.page_size
-    if budget < page_bytes:
+    if budget < 2 * page_bytes:  # one page is SGLang's padding sink, and no capacity
         raise StartupError(
-            f"{remedy}: {budget} bytes are left for the KV cache and one page of "
-            f"{self.server_args.page_size} tokens takes {page_bytes}: raise it"
+            f"{remedy}: {budget} bytes are left for the KV cache and two pages of "
+            f"{self.server_args.page_size} tokens take {2 * page_bytes}: raise it"
         )
-    return budget
+    return budget - page_bytes
 
 
 def _profiled(original: Callable[..., int], configurator: Any, pre_model_load_memory: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from sglang.srt.runtime_context import get_parallel
@@ -9,15 +10,17 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_spherical.config import SphericalConfig
 from sglang_spherical.pool.layout import PageLayout, default_levels
 
+_fit = cache(PageLayout.fit)  # asked for several times per start; large models take a second
+
 
 def page_layout(kvc: Any, num_layers: int, config: SphericalConfig) -> PageLayout:
     """The layout for this rank's layers and KV heads. `kvc`: SGLang's KVCacheConfigurator."""
-    return PageLayout.fit(
-        page_size=kvc.server_args.page_size,
-        head_dim=kvc.model_config.head_dim,
-        layers=num_layers,
-        kv_heads=kvc.model_config.get_num_kv_heads(get_parallel().attn_tp_size),
-        levels=default_levels(config),
+    return _fit(
+        kvc.server_args.page_size,
+        kvc.model_config.head_dim,
+        num_layers,
+        kvc.model_config.get_num_kv_heads(get_parallel().attn_tp_size),
+        default_levels(config),
     )
 
 

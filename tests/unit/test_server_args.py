@@ -146,7 +146,8 @@ def hundred_bytes_per_token(monkeypatch):
 def test_pool_bytes_are_taken_exactly_or_refused(monkeypatch, hundred_bytes_per_token):
     configurator = _configurator(kv_bytes=1_000_000)
     monkeypatch.setattr(pool_sizing, "_free_bytes", lambda device, gpu_id: 1_000_000)
-    assert pool_sizing.available_bytes(None, configurator, 0) == 1_000_000
+    # a page of 64 tokens at 100 bytes is the padding sink's
+    assert pool_sizing.available_bytes(None, configurator, 0) == 1_000_000 - 6400
     monkeypatch.setattr(pool_sizing, "_free_bytes", lambda device, gpu_id: 999_999)
     with pytest.raises(StartupError, match="--spherical-kv-bytes 1000000: cpu has 999999 bytes"):
         pool_sizing.available_bytes(None, configurator, 0)
@@ -156,11 +157,11 @@ def test_less_than_a_page_is_refused(monkeypatch, hundred_bytes_per_token):
     def profile(configurator, memory):
         return memory
 
-    assert pool_sizing.available_bytes(profile, _configurator(), 6400) == 6400
-    with pytest.raises(StartupError, match=r"--mem-fraction-static: 6399 bytes .* takes 6400"):
-        pool_sizing.available_bytes(profile, _configurator(), 6399)
+    assert pool_sizing.available_bytes(profile, _configurator(), 12800) == 6400
+    with pytest.raises(StartupError, match=r"--mem-fraction-static: 12799 bytes .* take 12800"):
+        pool_sizing.available_bytes(profile, _configurator(), 12799)
     monkeypatch.setattr(pool_sizing, "_free_bytes", lambda device, gpu_id: 1_000_000)
-    with pytest.raises(StartupError, match=r"--spherical-kv-bytes: 6399 bytes .* takes 6400"):
+    with pytest.raises(StartupError, match=r"--spherical-kv-bytes: 6399 bytes .* take 12800"):
         pool_sizing.available_bytes(profile, _configurator(kv_bytes=6399), 0)
 
 
