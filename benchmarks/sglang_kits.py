@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
 import subprocess
@@ -28,7 +29,15 @@ from sglang_spherical.server import Server, launch
 
 FLAGS = ["--kv-format", "spherical", "--max-total-tokens", "8192"]
 LOAD = ["--gsp-num-groups", "4", "--gsp-prompts-per-group", "4", "--gsp-system-prompt-len", "512"]
-LOAD += ["--gsp-question-len", "64", "--gsp-output-len", "16", "--disable-tqdm"]
+LOAD += [
+    "--gsp-question-len",
+    "64",
+    "--gsp-output-len",
+    "16",
+    "--disable-tqdm",
+    "--output-file",
+    os.devnull,
+]
 FIGURES = re.compile(
     r"^(Successful requests|Mean TTFT \(ms\)|Mean TPOT \(ms\)|Benchmark duration \(s\)):\s+(\S+)",
     re.M,
