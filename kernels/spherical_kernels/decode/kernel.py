@@ -1,0 +1,353 @@
+"""Triton bodies of angle-domain decoding; launch.py sets up what they assume.
+
+A program reads one *item*: consecutive entries (pages) of one row, all of one pair of patterns.
+Tokens are the rows of the matrix products, query heads their columns. Codes become operands without
+a conversion: a digit in the low bits of a 16-bit word reads, as a float16, as digit * 2**(place -
+24), a subnormal number that tensor cores take exactly. A word holds the bytes of two neighbouring
+channels, so every digit has an even and an odd half.
+
+A side (keys or values) is described by tuples of constants:
+    TILES   (offset in words, words per row)
+    PARTS   (band, first channel, words): channels first, first + 2, ... of a band
+    DIGITS  (tile, part, shift in the word, bits, place in the operand)
+    BANDS   (what a code exceeds its level by, factor that undoes place and 2**-24), (0, 0) uncoded
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+P_SHIFT = tl.constexpr(14)  # probabilities are held as p * 2**14, far above float16's subnormals
+UNIT = tl.constexpr(2.0**24)  # undoes the operand's 2**-24
+CENTROID = tl.constexpr(4)  # place of the centroid's radius among the header's scales
+NONE = tl.constexpr(-1e30)  # the maximum of no logits
+
+
+@triton.constexpr_function
+def digit_asm(shift, bits, place):
+    """PTX that takes a digit out of two words at once."""
+    mask = (((1 << bits) - 1) << place) * 0x10001
+    if shift == place:
+        return f"and.b32 $0, $1, {mask};"
+    op = "shr.u32" if shift > place else "shl.b32"
+    return f"{{ .reg .b32 t; {op} t, $1, {abs(shift - place)}; and.b32 $0, t, {mask}; }}"
+
+
+@triton.jit
+def take_digit(
+    words, SHIFT: tl.constexpr, BITS: tl.constexpr, PLACE: tl.constexpr, PTX: tl.constexpr
+):
+    """int16 words -> the digit at bit SHIFT, as float16 digit * 2**(PLACE - 24)."""
+    if PTX:
+        asm: tl.constexpr = digit_asm(SHIFT, BITS, PLACE)
+        return tl.inline_asm_elementwise(
+            asm, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+        )
+    digit = (((words.to(tl.int32) & 0xFFFF) >> SHIFT) & ((1 << BITS) - 1)) << PLACE
+    return digit.to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def radius_of(words, BAND: tl.constexpr):
+    """Byte BAND of int32 words, an e4m4 number -> float32, the slice's scale left out."""
+    if BAND == 3:
+        moved = words >> 5
+    else:
+        moved = words << (19 - 8 * BAND)
+    # the exponent's bias lies above the code's bits: adding it is an or
+    return ((moved & 0x07F80000) | 0x38000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_tile(at, column, WORDS: tl.constexpr, PADDED: tl.constexpr):
+    """A tile whose rows are padded to a width that tl.dot takes."""
+    if WORDS == PADDED:
+        return tl.load(at)
+    return tl.load(at, mask=column < WORDS, other=0)
+
+
+@triton.jit
+def load_words(halves, t):
+    return tl.load(halves.to(tl.pointer_type(tl.int32), bitcast=True) + t)
+
+
+@triton.jit
+def load_halves(halves, t):
+    return tl.load(halves + t).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def load_scales(halves):
+    """The header's float16 scales: one per band, then the centroid's."""
+    scales = ()
+    for i in tl.static_range(5):
+        scales = scales + (tl.load(halves + i).to(tl.float16, bitcast=True).to(tl.float32),)
+    return scales
+
+
+@triton.jit
+def load_query(q_row, w, PARTS: tl.constexpr, BANDS: tl.constexpr):
+    """The query by parts, [W, GP] float16, and by band what codes exceed levels by, negative."""
+    parts, offsets = (), ()
+    for i in tl.static_range(len(PARTS)):
+        inside = (w < PARTS[i][2])[:, None]
+        parts = parts + (tl.load(q_row + PARTS[i][1] + 2 * w[:, None], mask=inside, other=0.0),)
+    for b in tl.static_range(len(BANDS)):
+        total = tl.zeros([q_row.shape[1]], tl.float32)
+        for i in tl.static_range(len(PARTS)):
+            if PARTS[i][0] == b:
+                total += tl.sum(parts[i].to(tl.float32), 0)
+        offsets = offsets + (total * -BANDS[b][0],)
+    return parts, offsets
+
+
+@triton.jit
+def band_dots(
+    tiles, q, start, BAND: tl.constexpr, PARTS: tl.constexpr, DIGITS: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """start + codes . query over one band: [tokens, GP]."""
+    dots = start
+    for i in tl.static_range(len(DIGITS)):
+        if PARTS[DIGITS[i][1]][0] == BAND:
+            words = tiles[DIGITS[i][0]]
+            codes = take_digit(words, DIGITS[i][2], DIGITS[i][3], DIGITS[i][4], PTX)
+            dots = tl.dot(codes, q[DIGITS[i][1]], dots)
+    return dots
+
+
+@triton.jit
+def decode_items(
+    Arena, Entries, Items, Q, QScale, Out, Lse, first_item,
+    D: tl.constexpr, P: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, W: tl.constexpr,
+    CW: tl.constexpr, CALIBRATED: tl.constexpr, RADII: tl.constexpr,
+    KT: tl.constexpr, KP: tl.constexpr, KD: tl.constexpr, KB: tl.constexpr,
+    VT: tl.constexpr, VP: tl.constexpr, VD: tl.constexpr, VB: tl.constexpr,
+    STAGES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Attention of one item by every program.
+
+    Arena    int16, the whole arena
+    Entries  int64 [entries, 2]: byte addresses of the key and of the value slice
+    Items    int32 [items, 4]: row, first entry, end, valid tokens of the last entry
+    Q        float16 [rows, GP, D] in the key frame; logits in base 2 are QScale [rows, GP] times its
+    Out      float32 [items, 2, G, D] in the value frame: codes, centroids; Lse [items, G] in base 2
+    """
+    item = first_item + tl.program_id(0)
+    row = tl.load(Items + item * 4)
+    first = tl.load(Items + item * 4 + 1)
+    end = tl.load(Items + item * 4 + 2)
+    last_valid = tl.load(Items + item * 4 + 3)
+    g = tl.arange(0, GP)
+    w = tl.arange(0, W)
+    c = tl.arange(0, CW)
+    t = tl.arange(0, P)
+    q_row = Q + row * (GP * D) + g[None, :] * D
+    q_scale = tl.load(QScale + row * GP + g)
+    q, offsets = load_query(q_row, w, KP, KB)
+    if CALIBRATED:
+        c_inside = (c < D // 2)[:, None]
+        q_even = tl.load(q_row + 2 * c[:, None], mask=c_inside, other=0.0)
+        q_odd = tl.load(q_row + 2 * c[:, None] + 1, mask=c_inside, other=0.0)
+        c_offset = tl.sum(q_even.to(tl.float32), 0) + tl.sum(q_odd.to(tl.float32), 0)
+        c_offset = c_offset * (-127.5 / UNIT)
+        c_even = tl.zeros([CW, GP], tl.float32)
+        c_odd = tl.zeros([CW, GP], tl.float32)
+        c_mass = tl.zeros([GP], tl.float32)
+
+    top = tl.full([GP], NONE, tl.float32)
+    mass = tl.zeros([GP], tl.float32)
+    ones = tl.full([16, P], 1.0, tl.float16)
+    out, weight, unit = (), (), ()
+    for i in tl.static_range(len(VP)):
+        out = out + (tl.zeros([W, GP], tl.float32),)
+    for b in tl.static_range(len(VB)):
+        weight = weight + (tl.zeros([16, GP], tl.float32),)
+        unit = unit + (tl.full([], 0x3F800000, tl.int32),)
+    for e in tl.range(first, end, num_stages=STAGES):
+        keys = Arena + tl.multiple_of(tl.load(Entries + 2 * e) >> 1, 8)
+        values = Arena + tl.multiple_of(tl.load(Entries + 2 * e + 1) >> 1, 8)
+        k_tiles, v_tiles = (), ()
+        for i in tl.static_range(len(KT)):
+            at = keys + (KT[i][0] + t[:, None] * KT[i][1] + w[None, :])
+            k_tiles = k_tiles + (load_tile(at, w[None, :], KT[i][1], W),)
+        for i in tl.static_range(len(VT)):
+            at = values + (VT[i][0] + t[None, :] * VT[i][1] + w[:, None])
+            v_tiles = v_tiles + (load_tile(at, w[:, None], VT[i][1], W),)
+        valid = t < tl.where(e == end - 1, last_valid, P)
+        if CALIBRATED:
+            k_radii = load_words(keys + RADII, t)
+            v_radii = load_words(values + RADII, t)
+            k_scales = load_scales(keys + D // 2)
+            v_scales = load_scales(values + D // 2)
+            k_centroid = load_tile(keys + c[None, :], c[None, :], D // 2, CW)
+            v_centroid = load_tile(values + c[:, None], c[:, None], D // 2, CW)
+            k_centroid = tl.broadcast_to(k_centroid, [16, CW])
+            near = tl.dot(take_digit(k_centroid, 0, 8, 0, PTX), q_even)
+            near = tl.dot(take_digit(k_centroid, 8, 8, 0, PTX), q_odd, near)
+            near = (tl.max(near, 0) + c_offset) * (k_scales[CENTROID] * UNIT)
+            logits = tl.where(valid[:, None], near[None, :], -float("inf"))
+        else:  # what nobody wrote may be NaN
+            k_radii = tl.where(valid, load_halves(keys + RADII, t), 0.0)
+            v_radii = tl.where(valid, load_halves(values + RADII, t), 0.0)
+            v_scales = (tl.max(v_radii, 0),)
+            logits = tl.where(valid[:, None], tl.zeros([P, GP], tl.float32), -float("inf"))
+        for b in tl.static_range(len(KB)):
+            if KB[b][1] > 0:
+                dots = tl.broadcast_to(offsets[b][None, :], [P, GP])
+                dots = band_dots(k_tiles, q, dots, b, KP, KD, PTX)
+                if CALIBRATED:
+                    radii = radius_of(k_radii, b) * (k_scales[b] * KB[b][1])
+                else:
+                    radii = k_radii * KB[b][1]
+                logits += dots * radii[:, None]
+
+        new_top = tl.maximum(top, tl.max(logits, 0) * q_scale)
+        fade = tl.exp2(top - new_top)
+        p = tl.exp2(logits * q_scale[None, :] - (new_top - P_SHIFT)[None, :])
+        page_mass = tl.sum(p, 0)
+        top = new_top
+        mass = mass * fade + page_mass
+        if CALIBRATED:
+            share = page_mass * v_scales[CENTROID]
+            low = take_digit(v_centroid, 0, 8, 0, PTX).to(tl.float32)
+            high = take_digit(v_centroid, 8, 8, 0, PTX).to(tl.float32)
+            c_even = c_even * fade[None, :] + low * share[None, :]
+            c_odd = c_odd * fade[None, :] + high * share[None, :]
+            c_mass = c_mass * fade + share
+        new_out, new_weight, new_unit = (), (), ()
+        fades, weights = (), ()
+        for b in tl.static_range(len(VB)):
+            # sums are kept in units of the last page's scale, cut to a power of two
+            scale = v_scales[b]
+            power = tl.maximum(scale, 2.0**-24).to(tl.int32, bitcast=True) & 0x7F800000
+            rest = scale * (0x7F000000 - power).to(tl.float32, bitcast=True)
+            if CALIBRATED:
+                radii = radius_of(v_radii, b) * rest
+            else:
+                radii = v_radii * (0x7F000000 - power).to(tl.float32, bitcast=True)
+            weights = weights + ((p * radii[:, None]).to(tl.float16),)
+            ratio = (unit[b] - power + 0x3F800000).to(tl.float32, bitcast=True)
+            fades = fades + (fade * ratio,)
+            new_unit = new_unit + (power,)
+            new_weight = new_weight + (tl.dot(ones, weights[b], weight[b] * fades[b][None, :]),)
+        for i in tl.static_range(len(VP)):
+            sums = out[i] * fades[VP[i][0]][None, :]
+            for j in tl.static_range(len(VD)):
+                if VD[j][1] == i:
+                    codes = take_digit(v_tiles[VD[j][0]], VD[j][2], VD[j][3], VD[j][4], PTX)
+                    sums = tl.dot(codes, weights[VP[i][0]], sums)
+            new_out = new_out + (sums,)
+        out, weight, unit = new_out, new_weight, new_unit
+
+    inverse = tl.where(mass > 0, 1.0 / mass, 0.0)
+    real = (g < G)[None, :]
+    target = Out + item * (2 * G * D) + g[None, :] * D
+    for i in tl.static_range(len(VP)):
+        offset = tl.max(weight[VP[i][0]], 0) * VB[VP[i][0]][0]
+        scale = inverse * (unit[VP[i][0]].to(tl.float32, bitcast=True) * VB[VP[i][0]][1])
+        inside = (w < VP[i][2])[:, None] & real
+        channel = VP[i][1] + 2 * w[:, None]
+        tl.store(target + channel, (out[i] - offset[None, :]) * scale[None, :], mask=inside)
+    if CALIBRATED:
+        offset = (c_mass * (127.5 / UNIT))[None, :]
+        scale = (inverse * UNIT)[None, :]
+        target += G * D
+        tl.store(target + 2 * c[:, None], (c_even - offset) * scale, mask=c_inside & real)
+        tl.store(target + 2 * c[:, None] + 1, (c_odd - offset) * scale, mask=c_inside & real)
+    lse = tl.where(mass > 0, top - P_SHIFT + tl.log2(mass), -float("inf"))
+    tl.store(Lse + item * G + g, lse, mask=g < G)
+
+
+@triton.jit
+def frame_queries(
+    Q, Dual, Centre, Framed, QScale, Near, kv_heads, scale,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+):  # fmt: skip
+    """Queries into a key frame, one (row, frame) by every program.
+
+    Q       [batch, kv_heads * G, D]; logits in base 2 are `scale` times q . k
+    Dual    float32 [frames, kv_heads, D, D], B; Centre float32 [kv_heads, D]
+    Framed  float16 [frames, rows, GP, D], B q over QScale float32 [frames, rows, GP]
+    Near    float32 [rows, GP], q . centre in base 2
+    """
+    row = tl.program_id(0)
+    frame = tl.program_id(1)
+    head = row % kv_heads
+    g = tl.arange(0, GP)
+    d = tl.arange(0, DP)
+    inside = (g < G)[:, None] & (d < D)[None, :]
+    q = tl.load(Q + (row * G + g[:, None]) * D + d[None, :], mask=inside, other=0.0)
+    q = q.to(tl.float32) * scale
+    dual = Dual + (frame * kv_heads + head).to(tl.int64) * (D * D)
+    square = (d < D)[:, None] & (d < D)[None, :]
+    turned = tl.load(dual + d[None, :] * D + d[:, None], mask=square, other=0.0)
+    framed = tl.dot(q, turned, input_precision="tf32x3")
+    peak = tl.max(tl.abs(framed), 1)
+    step = tl.where(peak > 0, peak, 1.0) * 2.0**-14  # float16 then holds up to 2**14
+    place = (frame * tl.num_programs(0) + row) * GP
+    tl.store(QScale + place + g, step)
+    target = Framed + (place + g[:, None]) * D + d[None, :]
+    tl.store(target, (framed / step[:, None]).to(tl.float16), mask=(d < D)[None, :])
+    if frame == 0:
+        centre = tl.load(Centre + head * D + d, mask=d < D, other=0.0)
+        tl.store(Near + row * GP + g, tl.sum(q * centre[None, :], 1))
+
+
+@triton.jit
+def merge_items(
+    Partial, Lse, RowItems, RowStart, Dual, Centre, Near, Out, OutLse, kv_heads,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, COLUMNS: tl.constexpr,
+    FRAMES: tl.constexpr,
+):  # fmt: skip
+    """Items of a row into its attention; COLUMNS output channels of one row by every program.
+
+    Partial   float32 [items, 2, G, D]; Lse float32 [items, G], base 2
+    RowItems  int32, items by row, then by frame; those of (row, frame) start at RowStart
+              int32 [rows * FRAMES + 1]
+    Dual      float32 [frames, kv_heads, D, D], B of the value frames; Centre float32 [kv_heads, D]
+    Out       [batch, kv_heads * G, D]; OutLse float32 [batch, kv_heads * G], natural
+    """
+    row = tl.program_id(0)
+    head = row % kv_heads
+    g = tl.arange(0, GP)
+    d = tl.arange(0, DP)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    real = g < G
+    inside = real[:, None] & (d < D)[None, :]
+    top = tl.full([GP], -1e30, tl.float32)
+    for i in range(tl.load(RowStart + row * FRAMES), tl.load(RowStart + (row + 1) * FRAMES)):
+        item = tl.load(RowItems + i)
+        top = tl.maximum(top, tl.load(Lse + item * G + g, mask=real, other=-1e30))
+    mass = tl.zeros([GP], tl.float32)
+    out = tl.zeros([GP, COLUMNS], tl.float32)
+    for frame in tl.static_range(FRAMES):
+        start = tl.load(RowStart + row * FRAMES + frame)
+        end = tl.load(RowStart + row * FRAMES + frame + 1)
+        if end > start:
+            sums = tl.zeros([GP, DP], tl.float32)
+            for i in range(start, end):
+                item = tl.load(RowItems + i)
+                share = tl.exp2(tl.load(Lse + item * G + g, mask=real, other=-1e30) - top)
+                at = Partial + item.to(tl.int64) * (2 * G * D) + g[:, None] * D + d[None, :]
+                part = tl.load(at, mask=inside, other=0.0)
+                if frame == 1:
+                    part += tl.load(at + G * D, mask=inside, other=0.0)
+                mass += share
+                sums += part * share[:, None]
+            dual = Dual + (frame * kv_heads + head).to(tl.int64) * (D * D)
+            turned = tl.load(
+                dual + d[:, None] * D + column[None, :],
+                mask=(d < D)[:, None] & (column < D)[None, :],
+                other=0.0,
+            )
+            out = tl.dot(sums, turned, out, input_precision="tf32x3")
+    known = (mass > 0)[:, None]
+    centre = tl.load(Centre + head * D + column, mask=column < D, other=0.0)
+    out = tl.where(known, out / tl.where(known, mass[:, None], 1.0) + centre[None, :], 0.0)
+    target = Out + (row * G + g[:, None]) * D + column[None, :]
+    tl.store(target, out.to(Out.dtype.element_ty), mask=real[:, None] & (column < D)[None, :])
+    lse = (top + tl.log2(mass) + tl.load(Near + row * GP + g)) * 0.6931471805599453
+    if tl.program_id(1) == 0:
+        tl.store(OutLse + row * G + g, tl.where(mass > 0, lse, -float("inf")), mask=real)
