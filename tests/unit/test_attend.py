@@ -208,8 +208,8 @@ def poison_tail(side: CodedSide, valid: torch.Tensor) -> CodedSide:
     write_codes(layout, slices, codes)
     start = layout.radii_offset_bytes
     radii = slices[:, start : start + layout.radii_bytes]
-    token_bytes = radii.view(len(slices), -1, layout.page_size, 1 if layout.calibrated else 2)
-    token_bytes[tail[:, None, :, None].expand_as(token_bytes)] = 0xFF  # float16 NaN on hot pages
+    token_bytes = radii.unflatten(1, (layout.page_size, -1))
+    token_bytes[tail] = 0xFF  # float16 NaN on hot pages
     return CodedSide(layout, slices, side.dual, side.centre)
 
 

@@ -128,7 +128,8 @@ def write_radii(layout: SliceLayout, slices: torch.Tensor, radii: torch.Tensor) 
     _scales(layout, slices)[:, list(layout.pattern.coded_bands)] = scale
     divisor = scale.float().clamp_min(_SMALLEST_SCALE).unsqueeze(-1)
     codes = encode_radii(radii.nan_to_num(0.0), divisor)
-    slices[:, start:end] = codes.flatten(1)
+    words = slices[:, start:end].unflatten(-1, (layout.page_size, layout.bands))
+    words[..., list(layout.pattern.coded_bands)] = codes.transpose(1, 2)
 
 
 def read_radii(layout: SliceLayout, slices: torch.Tensor) -> torch.Tensor:
@@ -138,8 +139,10 @@ def read_radii(layout: SliceLayout, slices: torch.Tensor) -> torch.Tensor:
     if not layout.calibrated:
         return slices.view(torch.float16)[:, start // 2 : end // 2].float().unsqueeze(1)
     coded = list(layout.pattern.coded_bands)
-    codes = slices[:, start:end].unflatten(-1, (len(coded), layout.page_size))
-    radii = decode_radii(codes, _scales(layout, slices)[:, coded].float().unsqueeze(-1))
+    words = slices[:, start:end].unflatten(-1, (layout.page_size, layout.bands))
+    radii = decode_radii(
+        words[..., coded].transpose(1, 2), _scales(layout, slices)[:, coded].float().unsqueeze(-1)
+    )
     if len(coded) == layout.bands:
         return radii
     every = radii.new_zeros(len(slices), layout.bands, layout.page_size)

@@ -1,10 +1,11 @@
 """The bytes of one slice: what a (page, layer, KV head) holds of its keys, or of its values.
 
     HOT          | radii fp16 [page_size] | tiles |
-    CALIBRATED   | centroid u8 [d] | scales fp16 [8] | radii u8 [bands, page_size] | tiles |
+    CALIBRATED   | centroid u8 [d] | scales fp16 [8] | radii u8 [page_size, bands] | tiles |
 
 The centroid is an 8-bit angle code in the slice's own frame. `scales` holds the largest radius of
-each band, then the centroid's radius; the rest is zero.
+each band, then the centroid's radius; the rest is zero. The radii of a token are one 32-bit word;
+a band without codes has zeros there.
 
 A tile is [page_size, row_bytes]. In a full tile a byte holds digits of one channel position of
 several bands, 8 bits together, so that one mask and shift takes a whole band out. A digit left over
@@ -88,8 +89,7 @@ class SliceLayout:
 
     @property
     def radii_bytes(self) -> int:
-        per_token = len(self.pattern.coded_bands) if self.calibrated else 2
-        return per_token * self.page_size
+        return (self.bands if self.calibrated else 2) * self.page_size
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
