@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter where there is no GPU; that is decided before their import."""
+"""Without a GPU kernels run in Triton's interpreter, which is chosen before their import."""
 
 from __future__ import annotations
 

@@ -54,9 +54,7 @@ class Case:
         matrix, dual = calibrated_frame(gain, spread)
         self.matrices = {FrameKind.HOT: hot, FrameKind.CALIBRATED: matrix}
         duals = torch.stack([hot, dual])
-        self.frames = DecodeFrames(
-            duals, duals, self.normal(kv_heads, d), self.normal(kv_heads, d)
-        )
+        self.frames = DecodeFrames(duals, duals, self.normal(kv_heads, d), self.normal(kv_heads, d))
         self.groups, self.slices = [], []
         for (keys, values), of_row in lengths.items():
             pages = torch.tensor(of_row).add(PAGE - 1).div(PAGE, rounding_mode="floor")
@@ -65,7 +63,9 @@ class Case:
             valid[pages.cumsum(0)[pages > 0] - 1] = (torch.tensor(of_row)[pages > 0] - 1) % PAGE + 1
             sides = slice_layout(keys, PAGE, d), slice_layout(values, PAGE, d)
             self.groups.append(EntryGroup(*sides, row_of, valid))
-            self.slices.append([self.encode(side, row_of % kv_heads, i) for i, side in enumerate(sides)])
+            self.slices.append(
+                [self.encode(side, row_of % kv_heads, i) for i, side in enumerate(sides)]
+            )
 
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.rng)
@@ -73,9 +73,7 @@ class Case:
     def encode(self, layout: SliceLayout, head: torch.Tensor, side: int) -> torch.Tensor:
         x = self.normal(len(head), PAGE, self.d) + self.normal(len(head), 1, self.d)
         centre = (self.frames.key_centre, self.frames.value_centre)[side]
-        return encode_slices(
-            layout, x, self.matrices[layout.pattern.frame][head], centre[head]
-        )
+        return encode_slices(layout, x, self.matrices[layout.pattern.frame][head], centre[head])
 
     def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
         q = self.q.reshape(self.rows, self.group, self.d) * SCALE
@@ -122,7 +120,9 @@ class Case:
         out, lse = self.actual()
         wanted, wanted_lse = self.expected()
         size = float(wanted.square().mean().sqrt())
-        assert_close(out, wanted, max_error=max_error * size, rms_error=rms_error * size, name="out")
+        assert_close(
+            out, wanted, max_error=max_error * size, rms_error=rms_error * size, name="out"
+        )
         assert_close(lse, wanted_lse, max_error=2e-3, rms_error=1e-3, name="lse")
 
 

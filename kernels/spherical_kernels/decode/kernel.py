@@ -18,8 +18,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-P_SHIFT = tl.constexpr(14)  # probabilities are held as p * 2**14, far above float16's subnormals
+P_SHIFT = tl.constexpr(8)  # probabilities are held as p * 2**8: small ones stay normal in float16
+HEADROOM = tl.constexpr(6.0)  # how far (in powers of two) a logit may exceed `top` before sums fade
+SMALLEST = tl.constexpr(103 << 23)  # 2**-24, float16's smallest number, as float32 exponent bits
 UNIT = tl.constexpr(2.0**24)  # undoes the operand's 2**-24
+RADIUS_UNIT = tl.constexpr(2.0**112)  # undoes what radius_of leaves out
 CENTROID = tl.constexpr(4)  # place of the centroid's radius among the header's scales
 NONE = tl.constexpr(-1e30)  # the maximum of no logits
 
@@ -50,13 +53,9 @@ def take_digit(
 
 @triton.jit
 def radius_of(words, BAND: tl.constexpr):
-    """Byte BAND of int32 words, an e4m4 number -> float32, the slice's scale left out."""
-    if BAND == 3:
-        moved = words >> 5
-    else:
-        moved = words << (19 - 8 * BAND)
-    # the exponent's bias lies above the code's bits: adding it is an or
-    return ((moved & 0x07F80000) | 0x38000000).to(tl.float32, bitcast=True)
+    """Byte BAND of int32 words, an e4m4 number -> float32 times 2**-112, the scale left out."""
+    moved = words >> 5 if BAND == 3 else words << (19 - 8 * BAND)
+    return (moved & 0x07F80000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -80,9 +79,12 @@ def load_halves(halves, t):
 @triton.jit
 def load_scales(halves):
     """The header's float16 scales: one per band, then the centroid's."""
+    quads = halves.to(tl.pointer_type(tl.int64), bitcast=True)  # too short loads are not pipelined
+    bands, centroid = tl.load(quads), tl.load(quads + 1)
     scales = ()
     for i in tl.static_range(5):
-        scales = scales + (tl.load(halves + i).to(tl.float16, bitcast=True).to(tl.float32),)
+        bits = (bands >> (16 * i)) if i < 4 else centroid
+        scales = scales + (bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),)
     return scales
 
 
@@ -131,8 +133,9 @@ def decode_items(
     Arena    int16, the whole arena
     Entries  int64 [entries, 2]: byte addresses of the key and of the value slice
     Items    int32 [items, 4]: row, first entry, end, valid tokens of the last entry
-    Q        float16 [rows, GP, D] in the key frame; logits in base 2 are QScale [rows, GP] times its
-    Out      float32 [items, 2, G, D] in the value frame: codes, centroids; Lse [items, G] in base 2
+    Q        float16 [rows, GP, D] in the key frame, to be multiplied by QScale float32 [rows, GP];
+             gives logits in base 2
+    Out      float32 [items, 2, G, D] in the value frame: codes, centroids; Lse [items, G], base 2
     """
     item = first_item + tl.program_id(0)
     row = tl.load(Items + item * 4)
@@ -144,7 +147,7 @@ def decode_items(
     c = tl.arange(0, CW)
     t = tl.arange(0, P)
     q_row = Q + row * (GP * D) + g[None, :] * D
-    q_scale = tl.load(QScale + row * GP + g)
+    q_scale = tl.load(QScale + row * GP + g) * UNIT
     q, offsets = load_query(q_row, w, KP, KB)
     if CALIBRATED:
         c_inside = (c < D // 2)[:, None]
@@ -164,7 +167,7 @@ def decode_items(
         out = out + (tl.zeros([W, GP], tl.float32),)
     for b in tl.static_range(len(VB)):
         weight = weight + (tl.zeros([16, GP], tl.float32),)
-        unit = unit + (tl.full([], 0x3F800000, tl.int32),)
+        unit = unit + (tl.full([], SMALLEST, tl.int32),)
     for e in tl.range(first, end, num_stages=STAGES):
         keys = Arena + tl.multiple_of(tl.load(Entries + 2 * e) >> 1, 8)
         values = Arena + tl.multiple_of(tl.load(Entries + 2 * e + 1) >> 1, 8)
@@ -186,7 +189,7 @@ def decode_items(
             k_centroid = tl.broadcast_to(k_centroid, [16, CW])
             near = tl.dot(take_digit(k_centroid, 0, 8, 0, PTX), q_even)
             near = tl.dot(take_digit(k_centroid, 8, 8, 0, PTX), q_odd, near)
-            near = (tl.max(near, 0) + c_offset) * (k_scales[CENTROID] * UNIT)
+            near = (tl.max(near, 0) + c_offset) * k_scales[CENTROID]
             logits = tl.where(valid[:, None], near[None, :], -float("inf"))
         else:  # what nobody wrote may be NaN
             k_radii = tl.where(valid, load_halves(keys + RADII, t), 0.0)
@@ -198,48 +201,61 @@ def decode_items(
                 dots = tl.broadcast_to(offsets[b][None, :], [P, GP])
                 dots = band_dots(k_tiles, q, dots, b, KP, KD, PTX)
                 if CALIBRATED:
-                    radii = radius_of(k_radii, b) * (k_scales[b] * KB[b][1])
+                    radii = radius_of(k_radii, b) * (k_scales[b] * (KB[b][1] * RADIUS_UNIT / UNIT))
                 else:
-                    radii = k_radii * KB[b][1]
+                    radii = k_radii * (KB[b][1] / UNIT)
                 logits += dots * radii[:, None]
 
-        new_top = tl.maximum(top, tl.max(logits, 0) * q_scale)
-        fade = tl.exp2(top - new_top)
-        p = tl.exp2(logits * q_scale[None, :] - (new_top - P_SHIFT)[None, :])
+        page_top = tl.max(logits, 0) * q_scale
+        rise = tl.max(page_top - top, 0)
+        powers, grown = (), rise > HEADROOM
+        for b in tl.static_range(len(VB)):
+            power = tl.maximum(v_scales[b].to(tl.int32, bitcast=True) & 0x7F800000, unit[b])
+            grown = grown | (power > unit[b])
+            powers = powers + (power,)
+        if grown:  # rarely: sums are in units of the largest scale so far, cut to a power of two
+            new_top = tl.maximum(top, page_top)
+            fade = tl.exp2(top - new_top)
+            top = new_top
+            mass *= fade
+            if CALIBRATED:
+                c_even *= fade[None, :]
+                c_odd *= fade[None, :]
+                c_mass *= fade
+            fades, new_weight, new_out = (), (), ()
+            for b in tl.static_range(len(VB)):
+                ratio = (unit[b] - powers[b] + 0x3F800000).to(tl.float32, bitcast=True)
+                fades = fades + (fade * ratio,)
+                new_weight = new_weight + (weight[b] * fades[b][None, :],)
+            for i in tl.static_range(len(VP)):
+                new_out = new_out + (out[i] * fades[VP[i][0]][None, :],)
+            weight, out, unit = new_weight, new_out, powers
+
+        p = tl.exp2(logits * q_scale[None, :] - (top - P_SHIFT)[None, :])
         page_mass = tl.sum(p, 0)
-        top = new_top
-        mass = mass * fade + page_mass
+        mass += page_mass
         if CALIBRATED:
             share = page_mass * v_scales[CENTROID]
-            low = take_digit(v_centroid, 0, 8, 0, PTX).to(tl.float32)
-            high = take_digit(v_centroid, 8, 8, 0, PTX).to(tl.float32)
-            c_even = c_even * fade[None, :] + low * share[None, :]
-            c_odd = c_odd * fade[None, :] + high * share[None, :]
-            c_mass = c_mass * fade + share
-        new_out, new_weight, new_unit = (), (), ()
-        fades, weights = (), ()
+            c_even += take_digit(v_centroid, 0, 8, 0, PTX).to(tl.float32) * share[None, :]
+            c_odd += take_digit(v_centroid, 8, 8, 0, PTX).to(tl.float32) * share[None, :]
+            c_mass += share
+        weights, new_weight, new_out = (), (), ()
         for b in tl.static_range(len(VB)):
-            # sums are kept in units of the last page's scale, cut to a power of two
-            scale = v_scales[b]
-            power = tl.maximum(scale, 2.0**-24).to(tl.int32, bitcast=True) & 0x7F800000
-            rest = scale * (0x7F000000 - power).to(tl.float32, bitcast=True)
+            per_unit = (0x7F000000 - unit[b]).to(tl.float32, bitcast=True)
             if CALIBRATED:
-                radii = radius_of(v_radii, b) * rest
+                radii = radius_of(v_radii, b) * (v_scales[b] * per_unit * RADIUS_UNIT)
             else:
-                radii = v_radii * (0x7F000000 - power).to(tl.float32, bitcast=True)
+                radii = v_radii * per_unit
             weights = weights + ((p * radii[:, None]).to(tl.float16),)
-            ratio = (unit[b] - power + 0x3F800000).to(tl.float32, bitcast=True)
-            fades = fades + (fade * ratio,)
-            new_unit = new_unit + (power,)
-            new_weight = new_weight + (tl.dot(ones, weights[b], weight[b] * fades[b][None, :]),)
+            new_weight = new_weight + (tl.dot(ones, weights[b], weight[b]),)
         for i in tl.static_range(len(VP)):
-            sums = out[i] * fades[VP[i][0]][None, :]
+            sums = out[i]
             for j in tl.static_range(len(VD)):
                 if VD[j][1] == i:
                     codes = take_digit(v_tiles[VD[j][0]], VD[j][2], VD[j][3], VD[j][4], PTX)
                     sums = tl.dot(codes, weights[VP[i][0]], sums)
             new_out = new_out + (sums,)
-        out, weight, unit = new_out, new_weight, new_unit
+        out, weight = new_out, new_weight
 
     inverse = tl.where(mass > 0, 1.0 / mass, 0.0)
     real = (g < G)[None, :]

@@ -1,8 +1,8 @@
 """Decode attention over codes on a GPU: planned once per batch, run once per layer.
 
-Every program of the main kernel reads an *item*, consecutive entries (pages) of one row (request, KV
-head) with one pair of patterns; the items of a row are merged by their log-sum-exp, those of each
-frame after the inverse of their frame. decode/reference.py says what is computed.
+Every program of the main kernel reads an *item*, consecutive entries (pages) of one row (request,
+KV head) with one pair of patterns; the items of a row are merged by their log-sum-exp, those of
+each frame after the inverse of their frame. decode/reference.py says what is computed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ FRAMES = (FrameKind.HOT, FrameKind.CALIBRATED)
 """Order of the frames in every table."""
 
 MAX_GROUP = 16
+_LOG2_E = 1.4426950408889634
 _OPERAND_BITS = 10  # a float16 is linear in its low 10 bits
 
 
@@ -73,7 +74,8 @@ class DecodePlan:
     """What a batch reads, the same for all layers.
 
     items      int32 [items, 4]: row, first entry of the group, end, valid tokens of the last entry
-    row_items  int32 [items], items by row and frame; row_start int32 [rows * 2 + 1], where they start
+    row_items  int32 [items], items by row and frame
+    row_start  int32 [rows * 2 + 1], where those of a (row, frame) start in row_items
     """
 
     rows: int
@@ -175,7 +177,7 @@ def run_decode(
     out, lse = torch.empty_like(q), torch.empty(batch, heads, **f32)
     frame_queries[plan.rows, len(FRAMES)](
         q.contiguous(), frames.key_duals, frames.key_centre, framed, q_scale, near, kv_heads,
-        scale * 1.4426950408889634, D=d, DP=width, G=group, GP=padded,
+        scale * _LOG2_E, D=d, DP=width, G=group, GP=padded,
     )  # fmt: skip
     words = arena.view(torch.int16)
     for part, addresses in zip(plan.ranges, entries, strict=True):
@@ -207,7 +209,7 @@ def kernel_constants(keys: SliceLayout, values: SliceLayout, group: int) -> dict
     """What the main kernel is specialised on."""
     sides = _Side.of(keys), _Side.of(values)
     words = max(words for side in sides for _, words in side.tiles)
-    constants = {
+    constants: dict[str, Any] = {
         "D": keys.head_dim,
         "P": keys.page_size,
         "G": group,
