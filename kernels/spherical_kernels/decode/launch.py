@@ -31,7 +31,7 @@ _OPERAND_BITS = 10  # a float16 is linear in its low 10 bits
 class Tuning:
     """How the main kernel is launched.
 
-    items   programs wanted per launch: long splits on few programs hide latency best
+    items   programs wanted: as many as run at once, for long splits on few programs hide latency
     stages  pages in flight per program
     warps   per program
     """
@@ -41,7 +41,7 @@ class Tuning:
     warps: int
 
 
-DEFAULT_TUNING = Tuning(items=1056, stages=4, warps=1)
+DEFAULT_TUNING = Tuning(items=924, stages=8, warps=1)
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,22 @@ class DecodeFrames:
     value_centre: torch.Tensor
 
 
+def tuning_for(keys: SliceLayout) -> Tuning:
+    """The measured tuning for pages like these."""
+    del keys
+    return DEFAULT_TUNING
+
+
 def plan_decode(
     groups: Sequence[EntryGroup], rows: int, tuning: Tuning = DEFAULT_TUNING
 ) -> DecodePlan:
     """Cuts the entries of every group into items of about equal length."""
     device = groups[0].row_of.device
     items, frames, ranges, done = [], [], [], 0
-    entries = sum(len(group.row_of) for group in groups)
-    pages = max(1, -(-entries // tuning.items))
-    for group in groups:
-        found = _split_rows(group, rows, pages)
+    counts = [torch.bincount(group.row_of, minlength=rows) for group in groups]
+    pages = _pages_per_item(torch.cat(counts), tuning.items)
+    for group, of_row in zip(groups, counts):
+        found = _split_rows(group, of_row, pages)
         items.append(found)
         frame = FRAMES.index(group.keys.pattern.frame)
         frames.append(torch.full((len(found),), frame, device=device))
@@ -123,8 +129,20 @@ def plan_decode(
     return DecodePlan(rows, tuple(ranges), table.int(), order.int(), start.int(), tuning)
 
 
-def _split_rows(group: EntryGroup, rows: int, pages: int) -> torch.Tensor:
-    """Items int64 [n, 4] of a group, at most `pages` entries each."""
+def _pages_per_item(counts: torch.Tensor, items: int) -> int:
+    """The fewest entries per item that make no more than `items` of rows with `counts` entries."""
+    low, high = 1, max(1, int(counts.max()))
+    while low < high:
+        middle = (low + high) // 2
+        if int(((counts + middle - 1) // middle).sum()) <= items:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _split_rows(group: EntryGroup, counts: torch.Tensor, pages: int) -> torch.Tensor:
+    """Items int64 [n, 4] of a group with `counts` [rows] entries, at most `pages` in each."""
     row_of, valid, page_size = group.row_of, group.valid, group.keys.page_size
     if bool((row_of[1:] < row_of[:-1]).any()):
         raise ValueError("row_of: expected entries sorted by row")
@@ -132,10 +150,9 @@ def _split_rows(group: EntryGroup, rows: int, pages: int) -> torch.Tensor:
     last_of_row[:-1] = row_of[1:] != row_of[:-1]
     if bool(((valid != page_size) & ~last_of_row).any()):
         raise ValueError("valid: only the last entry of a row may be a partial page")
-    counts = torch.bincount(row_of, minlength=rows)
     ends = counts.cumsum(0)
     splits = (counts + pages - 1) // pages
-    row = torch.repeat_interleave(torch.arange(rows, device=row_of.device), splits)
+    row = torch.repeat_interleave(torch.arange(len(counts), device=row_of.device), splits)
     rank = torch.arange(len(row), device=row_of.device) - (splits.cumsum(0) - splits)[row]
     # equal shares: rank * count / splits, rounded down
     begin = (ends - counts)[row] + rank * counts[row] // splits[row]
