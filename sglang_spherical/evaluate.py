@@ -4,6 +4,9 @@ Windows of 2,048 tokens under teacher forcing: queries read the page they are in
 at the hot tier, and everything between at the tier measured. Codes come from the server's encoder,
 reached as the server reaches them: hot when written, warm from hot, cold from warm. Frames come
 from a file, or are calibrated on the window after the last one scored.
+
+Comparators (--compare) go through the same windows. They read the page of the query and the first
+one exactly, and learn scales and codebooks from the same unscored window.
 """
 
 from __future__ import annotations
@@ -17,13 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_spherical.config import PAGE_SIZES
+from sglang_spherical.evaluation.report import TIERS
 
 if TYPE_CHECKING:
     import torch
 
+    from sglang_spherical.evaluation.comparators import Comparator
     from sglang_spherical.evaluation.runner import Evaluation
-
-TIERS = ("hot", "warm", "cold")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="of weights and activations (default: float32)",
     )
+    parser.add_argument(
+        "--compare",
+        help="other codecs to measure, by commas, or `all`: fp8, fp8-scaled, kivi4, kivi2, lloyd4, "
+        "lloyd3, codebook16x64 and 16x16, 16x8, 32x64, 32x16, 32x8 (default: none)",
+    )
     parser.add_argument("--json", type=Path, required=True, help="file for all figures")
     parser.add_argument("--plot", type=Path, help="PNG file: divergence against bits per value")
 
@@ -60,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
     """Scores the text, writing the report after every window. Raises ValueError on bad input."""
     from sglang_spherical.evaluation import report
 
-    tiers = _tier_names(args.tiers)
+    tiers, compared = _tier_names(args.tiers), _comparators(args.compare)
     windows, spare = _choose(args)
-    evaluation = _prepare(args, tiers, spare)
+    evaluation = _prepare(args, tiers, compared, spare)
     summary: dict[str, Any] = _header(args)
     try:
         for _ in _score(evaluation, windows):
@@ -88,29 +96,38 @@ def _tier_names(listed: str) -> list[str]:
     return list(dict.fromkeys(tiers))
 
 
+def _comparators(listed: str | None) -> list[Comparator]:
+    from sglang_spherical.evaluation import comparators
+
+    return [] if listed is None else comparators.make(listed)
+
+
 def _choose(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """The windows to score, and the one after them to calibrate on: none when frames are given."""
+    """The windows to score, and the one after them to learn from, where anything has to."""
     from sglang_spherical.evaluation import inputs
 
     inputs.require_model(args.model)
     if args.skip_windows < 0 or (args.windows is not None and args.windows < 1):
         raise ValueError("--windows, --skip-windows: expected at least 1 and at least 0")
     every = inputs.load_windows(args.model, args.text)
-    spare = 0 if args.frames is not None else 1
+    spare = 0 if args.frames is not None and args.compare is None else 1
     most = len(every) - args.skip_windows - spare
     wanted = most if args.windows is None else args.windows
     if most < 1 or wanted > most:
         needed = max(wanted, 1) + args.skip_windows + spare
         reason = ", one to calibrate on" if spare else ""
+        remedy = " or --frames" if spare and args.compare is None else ""
         raise ValueError(
             f"--text {args.text}: {len(every)} windows of {every.shape[1]} tokens, {needed} are "
-            f"needed{reason}: use a longer text, fewer windows{' or --frames' if spare else ''}"
+            f"needed{reason}: use a longer text, fewer windows{remedy}"
         )
     end = args.skip_windows + wanted
     return every[args.skip_windows : end], every[end : end + spare]
 
 
-def _prepare(args: argparse.Namespace, tiers: list[str], spare: torch.Tensor) -> Evaluation:
+def _prepare(
+    args: argparse.Namespace, tiers: list[str], compared: list[Comparator], spare: torch.Tensor
+) -> Evaluation:
     from sglang_spherical import frame_file
     from sglang_spherical.config import SphericalConfig
     from sglang_spherical.evaluation import inputs, runner
@@ -129,7 +146,9 @@ def _prepare(args: argparse.Namespace, tiers: list[str], spare: torch.Tensor) ->
         frames.load(known.centre, known.gain, known.spread)
     else:
         runner.learn_frames(model, frames, spare)
-    return runner.Evaluation(model, layout, frames, tiers)
+    if compared:
+        runner.learn_comparators(model, compared, spare)
+    return runner.Evaluation(model, layout, frames, tiers, compared)
 
 
 def _score(evaluation: Evaluation, windows: torch.Tensor) -> Iterator[None]:

@@ -1,47 +1,60 @@
 """A Hugging Face model whose attention reads coded keys and values, under teacher forcing.
 
-The window is walked page by page, as a request grows: the queries of a page read their own page at
-level 0 and everything before it as the cache holds it by then, that is at the tier that is being
-measured, but for the first page, whose sinks stay at level 0.
+The window is walked page by page, as a request grows: the queries of a page read their own page as
+it is when new (level 0 of the tiers) and everything before it as the cache holds it by then, that
+is at the tier that is being measured, but for the first page, whose sinks stay as they were.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from sglang_spherical.evaluation.coding import TierCoder
 from sglang_spherical.evaluation.scores import LayerErrors
 from sglang_spherical.pool.arena import KEYS, VALUES
-from sglang_spherical.pool.frames import Frames
 
 ATTENTION_NAME = "sglang_spherical_evaluation"
 SAMPLE_EVERY = 8
 """Queries of a window's second half whose attention is compared with exact keys: every eighth."""
 
 
+Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Takes layer, queries [q_heads, tokens, d], keys and values [kv_heads, tokens, d] of a window."""
+
+
+class CacheForm(Protocol):
+    """How a cache holds keys and values."""
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+
+    def reach(self, layer: int, side: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [kv_heads, tokens, d] as it is read while new, and as it is read later."""
+
+
 @dataclass(frozen=True)
 class CodedRead:
-    """How prefixes are read: through which codes, at which level, and where errors are summed."""
+    """How prefixes are read: in which form, and where errors are summed."""
 
-    coder: TierCoder
-    level: int
+    form: CacheForm
     errors: LayerErrors
 
 
 class MeasuredAttention:
     """The attention of every layer of one model: dense, or through codes.
 
-    coded    how prefixes are read; None attends densely
-    learner  frames that learn from what passes; None when they are settled
+    coded      how prefixes are read; None attends densely
+    observers  what learns from the windows that pass
     """
 
     def __init__(self) -> None:
         self.coded: CodedRead | None = None
-        self.learner: Frames | None = None
+        self.observers: Sequence[Observer] = ()
 
     def install(self, model: Any) -> None:
         """Makes `model` attend through this object. The newest installation wins in a process."""
@@ -72,8 +85,8 @@ class MeasuredAttention:
                 raise ValueError(f"--model: its attention uses {name}, which is not served")
         q, k, v = query[0], key[0], value[0]
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-        if self.learner is not None:
-            _learn(self.learner, module.layer_idx, q, k, v)
+        for observe in self.observers:
+            observe(module.layer_idx, q, k, v)
         if self.coded is None:
             out = scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=scale, enable_gqa=True
@@ -93,9 +106,9 @@ def attend_codes(
     q [kv_heads, group, tokens, d], scaled; k and v [kv_heads, tokens, d], exact; all float32.
     Returns the output, of q's shape.
     """
-    page_size, tokens = read.coder.frames.page_size, k.shape[1]
-    hot_k, tier_k = read.coder.reach(layer, KEYS, k, read.level)
-    hot_v, tier_v = read.coder.reach(layer, VALUES, v, read.level)
+    page_size, tokens = read.form.page_size, k.shape[1]
+    hot_k, tier_k = read.form.reach(layer, KEYS, k)
+    hot_v, tier_v = read.form.reach(layer, VALUES, v)
     read.errors.add_values(layer, v, tier_v)
     cached_k, cached_v = hot_k.clone(), hot_v.clone()
     out = torch.empty_like(q)
@@ -126,13 +139,3 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, every: int = 1) -> torch.
     positions = torch.arange(tokens - n, tokens, every, device=q.device)
     future = torch.arange(tokens, device=q.device) > positions.unsqueeze(1)
     return logits.masked_fill_(future, -torch.inf).softmax(-1)
-
-
-def _learn(frames: Frames, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """What the server's pool does with a prefill before its tokens are written."""
-    positions = torch.arange(k.shape[1], device=k.device)
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-    centre = frames.new_centre(layer, k, v, positions)
-    if centre is not None:
-        frames.freeze_centre(layer, centre)
-    frames.observe(layer, q, k, v, positions)

@@ -47,6 +47,22 @@ class TierCoder:
         return decode_slices(slices, coded, dual, centre).view(heads, -1, x.shape[-1])
 
 
+class TierRead:
+    """A cache whose pages are hot while new, and then at `level`; for `attention.attend_codes`."""
+
+    def __init__(self, coder: TierCoder, level: int) -> None:
+        self.coder = coder
+        self.level = level
+
+    @property
+    def page_size(self) -> int:
+        return self.coder.frames.page_size
+
+    def reach(self, layer: int, side: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `TierCoder.reach`."""
+        return self.coder.reach(layer, side, x, self.level)
+
+
 def bits_per_value(layout: PageLayout, level: int) -> float:
     """Bits that a key or value component takes at a level: codes, radii, tables and padding."""
     dense = layout.dense_bytes_per_token(VALUE_BITS_DENSE // 8)

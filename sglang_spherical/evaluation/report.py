@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+TIERS = ("hot", "warm", "cold")
 COLUMNS = (
     ("run", "name", "{}"),
     ("bits/value", "bits_per_value", "{:.2f}"),
@@ -51,13 +52,14 @@ def plot(path: Path, report: dict[str, Any]) -> None:
 
     coded = [run for run in report["runs"] if run["kl_mean"] > 0]
     figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
-    axes.plot(
-        [run["bits_per_value"] for run in coded], [run["kl_mean"] for run in coded], "o-", lw=1
-    )
+    ours = [run for run in coded if run["name"] in TIERS]
+    for runs, style in (ours, "o-"), ([run for run in coded if run not in ours], "x"):
+        axes.plot([run["bits_per_value"] for run in runs], [run["kl_mean"] for run in runs], style)
     for run in coded:
-        label = f"{run['name']}: perplexity {run['ppl_change']:+.2%}"
+        change = f": perplexity {run['ppl_change']:+.2%}" if run in ours else ""
         at = run["bits_per_value"], run["kl_mean"]
-        axes.annotate(label, at, xytext=(7, 5), textcoords="offset points", fontsize=9)
+        label = f"{run['name']}{change}"
+        axes.annotate(label, at, xytext=(7, 5), textcoords="offset points", fontsize=8)
     axes.set_yscale("log")
     axes.set_xlim(0, max(run["bits_per_value"] for run in coded) * 1.45)
     axes.set_ylim(top=max(run["kl_mean"] for run in coded) * 3)

@@ -18,7 +18,7 @@ from sglang_spherical import cli
 from sglang_spherical.config import SphericalConfig
 from sglang_spherical.evaluation import inputs, report
 from sglang_spherical.evaluation.attention import CodedRead, attend_codes, causal_attention
-from sglang_spherical.evaluation.coding import TierCoder, bits_per_value
+from sglang_spherical.evaluation.coding import TierCoder, TierRead, bits_per_value
 from sglang_spherical.evaluation.scores import LayerErrors, RunScores, compare, kl_divergence
 from sglang_spherical.pool.arena import KEYS, VALUES, Arena
 from sglang_spherical.pool.frames import Frames
@@ -84,7 +84,7 @@ def test_queries_read_their_own_page_and_the_first_one_hot(
 ) -> None:
     """Against attention written down token by token."""
     q, k, v = qkv
-    out = attend_codes(CodedRead(coder, level, LayerErrors(1)), 0, q, k, v)
+    out = attend_codes(CodedRead(TierRead(coder, level), LayerErrors(1)), 0, q, k, v)
     hot_k, tier_k = coder.reach(0, KEYS, k, level)
     hot_v, tier_v = coder.reach(0, VALUES, v, level)
     for token in (0, 5, 20, 40, TOKENS - 1):
@@ -102,7 +102,7 @@ def test_errors_grow_from_tier_to_tier(
     found = []
     for level in range(3):
         errors = LayerErrors(1)
-        attend_codes(CodedRead(coder, level, errors), 0, *qkv)
+        attend_codes(CodedRead(TierRead(coder, level), errors), 0, *qkv)
         found.append(errors.summary())
     for measure in ("attention_kl", "value_error", "output_error"):
         assert 0 < found[0][measure] < found[1][measure] < found[2][measure]
