@@ -8,14 +8,15 @@ each band, then the centroid's radius; the rest is zero. The radii of a token ar
 a band without codes has zeros there.
 
 A tile is [page_size, row_bytes]. In a full tile a byte holds digits of one channel position of
-several bands, 8 bits together, so that one mask and shift takes a whole band out. A digit left over
-has a tile of its own, where the channels of the band are cut into 8/bits equal runs and byte j of a
-row holds channel j of every run, the first run in the low bits.
+several bands, 8 bits together, the first in the highest bits: one mask takes a whole band out, and
+both digits of a 6-bit code where their weights are right. A digit left over has a tile of its own,
+where the channels of the band are cut into 8/bits equal runs and byte j of a row holds channel j of
+every run, the first run in the low bits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 
 import torch
@@ -95,17 +96,19 @@ class SliceLayout:
     def tiles(self) -> tuple[Tile, ...]:
         """Full tiles, then those of left-over digits; widest digits first."""
         tiles: list[Tile] = []
-        offset, filled, together = self.radii_offset_bytes + self.radii_bytes, 0, []
-        for band, bits, code_shift in self._digits():
-            together.append(Digit(band, bits, filled, code_shift))
-            filled += bits
-            if filled == 8:
-                tiles.append(Tile(tuple(together), 1, offset, self.band_width))
-                offset, filled, together = offset + self.page_size * self.band_width, 0, []
-        for digit in together:
-            row_bytes = self.band_width * digit.bits // 8
-            alone = replace(digit, byte_shift=0)
-            tiles.append(Tile((alone,), 8 // digit.bits, offset, row_bytes))
+        offset, waiting = self.radii_offset_bytes + self.radii_bytes, self._digits()
+        while sum(bits for _, bits, _ in waiting) >= 8:
+            together: list[Digit] = []
+            filled = 8
+            while filled:
+                band, bits, code_shift = waiting.pop(0)
+                filled -= bits
+                together.append(Digit(band, bits, filled, code_shift))
+            tiles.append(Tile(tuple(together), 1, offset, self.band_width))
+            offset += self.page_size * self.band_width
+        for band, bits, code_shift in waiting:
+            row_bytes = self.band_width * bits // 8
+            tiles.append(Tile((Digit(band, bits, 0, code_shift),), 8 // bits, offset, row_bytes))
             offset += self.page_size * row_bytes
         return tuple(tiles)
 
