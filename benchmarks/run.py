@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -238,12 +239,12 @@ def flashinfer_us(shape: Shape, dtype: torch.dtype) -> float | None:
     return graph_us(lambda: wrapper.run(q, cache))
 
 
-def sweep(batch: Batch, base: Tuning, copy: float) -> list[dict[str, object]]:
+def sweep(batch: Batch, base: Tuning, copy: float) -> list[dict[str, Any]]:
     """Times of many tunings."""
     found = []
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    for stages in (4, 6, 8, 10, 12):
-        for per_sm in (3, 4, 5, 6, 7, 8, 12, 16):
+    for stages in (4, 6, 8, 10):
+        for per_sm in (4, 6, 7, 8, 9, 12, 16):
             tuning = Tuning(items=sms * per_sm, stages=stages, warps=base.warps)
             try:
                 plan = batch.plan(tuning)
@@ -298,7 +299,7 @@ def measure(
     tier: str,
     copy: float,
     dense: dict[str, float | None],
-    sweeps: dict[str, object] | None,
+    sweeps: dict[str, list[dict[str, Any]]] | None,
 ) -> dict[str, object]:
     """Checks, then times one shape at one tier."""
     batch = Batch(shape, tier)
@@ -307,6 +308,10 @@ def measure(
     max_error, rms_error = batch.check(plan)
     if sweeps is not None:
         sweeps[f"{name} {tier}"] = sweep(batch, tuning, copy)
+    if sweeps is not None:
+        best = sweeps[f"{name} {tier}"][0]
+        tuning = Tuning(best["items"], best["stages"], best["warps"])
+        plan = batch.plan(tuning)
     us = graph_us(lambda: batch.run(plan))
     fraction = batch.bytes / us / 1e3 / copy
     ratios = " ".join(f"{key[11:-3]} {value / us:.2f}x" for key, value in dense.items() if value)

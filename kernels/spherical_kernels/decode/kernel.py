@@ -52,10 +52,38 @@ def take_digit(
 
 
 @triton.jit
-def radius_of(words, BAND: tl.constexpr):
-    """Byte BAND of int32 words, an e4m4 number -> float32 times 2**-112, the scale left out."""
-    moved = words >> 5 if BAND == 3 else words << (19 - 8 * BAND)
-    return (moved & 0x07F80000).to(tl.float32, bitcast=True)
+def columns_of(values, GP: tl.constexpr):
+    """[n, slots] -> [n, GP], the value of a slot in all of its columns."""
+    rows: tl.constexpr = values.shape[0]
+    slots: tl.constexpr = values.shape[1]
+    wide = tl.broadcast_to(values[:, :, None], [rows, slots, GP // slots])
+    return tl.reshape(wide, [rows, GP])
+
+
+@triton.jit
+def scales_of(scales, slot, TILE: tl.constexpr, SLOTS: tl.constexpr):
+    """The bands' scalars -> those of the bands TILE * SLOTS + slot, like slot."""
+    found = tl.full([slot.shape[0]], 0.0, tl.float32)
+    for i in tl.static_range(SLOTS):
+        found = tl.where(slot == i, scales[TILE * SLOTS + i], found)
+    return found
+
+
+@triton.jit
+def radii_of(words, slot, TILE: tl.constexpr, SLOTS: tl.constexpr, PTX: tl.constexpr):
+    """Bytes TILE * SLOTS + slot of int32 words [n], e4m4 numbers -> float32 [n, SLOTS] times
+    2**-112."""
+    turn = ((19 - 8 * (TILE * SLOTS + slot)) & 31)[None, :]
+    words = tl.broadcast_to(words[:, None], [words.shape[0], SLOTS])
+    turn = tl.broadcast_to(turn, [words.shape[0], SLOTS])
+    if PTX:
+        asm: tl.constexpr = "shf.l.wrap.b32 $0, $1, $1, $2;"
+        turned = tl.inline_asm_elementwise(asm, "=r,r,r", [words, turn], tl.int32, True, 1)
+    else:
+        wide = words.to(tl.uint32, bitcast=True).to(tl.uint64)
+        turned = ((wide << turn.to(tl.uint64)) | (wide >> (32 - turn).to(tl.uint64))).to(tl.uint32)
+        turned = turned.to(tl.int32, bitcast=True)
+    return (turned & 0x07F80000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -89,30 +117,31 @@ def load_scales(halves):
 
 
 @triton.jit
-def load_query(q_row, w, PARTS: tl.constexpr, BANDS: tl.constexpr):
-    """The query by parts, [W, GP] float16, and by band what codes exceed levels by, negative."""
+def load_query(q_row, w, slot, PARTS: tl.constexpr, BANDS: tl.constexpr, SLOTS: tl.constexpr):
+    """The query by parts, [W, GP] float16, each in the columns of its band's slot, zero elsewhere;
+    and by column tile what codes exceed levels by, [GP], negative."""
     parts, offsets = (), ()
     for i in tl.static_range(len(PARTS)):
-        inside = (w < PARTS[i][2])[:, None]
+        inside = (w < PARTS[i][2])[:, None] & (slot == PARTS[i][0] % SLOTS)[None, :]
         parts = parts + (tl.load(q_row + PARTS[i][1] + 2 * w[:, None], mask=inside, other=0.0),)
-    for b in tl.static_range(len(BANDS)):
-        total = tl.zeros([q_row.shape[1]], tl.float32)
+    for u in tl.static_range(len(BANDS) // SLOTS):
+        total = tl.zeros([slot.shape[0]], tl.float32)
         for i in tl.static_range(len(PARTS)):
-            if PARTS[i][0] == b:
-                total += tl.sum(parts[i].to(tl.float32), 0)
-        offsets = offsets + (total * -BANDS[b][0],)
+            if PARTS[i][0] // SLOTS == u:
+                total += tl.sum(parts[i].to(tl.float32), 0) * -BANDS[PARTS[i][0]][0]
+        offsets = offsets + (total,)
     return parts, offsets
 
 
 @triton.jit
-def band_dots(
-    tiles, q, start, BAND: tl.constexpr, PARTS: tl.constexpr, DIGITS: tl.constexpr,
-    PTX: tl.constexpr,
+def tile_dots(
+    tiles, q, start, TILE: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr,
+    DIGITS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """start + codes . query over one band: [tokens, GP]."""
+    """start + codes . query over the bands of one column tile: [tokens, GP]."""
     dots = start
     for i in tl.static_range(len(DIGITS)):
-        if PARTS[DIGITS[i][1]][0] == BAND:
+        if PARTS[DIGITS[i][1]][0] // SLOTS == TILE:
             words = tiles[DIGITS[i][0]]
             codes = take_digit(words, DIGITS[i][2], DIGITS[i][3], DIGITS[i][4], PTX)
             dots = tl.dot(codes, q[DIGITS[i][1]], dots)
@@ -122,8 +151,8 @@ def band_dots(
 @triton.jit
 def decode_items(
     Arena, Entries, Items, Q, QScale, Out, Lse, first_item,
-    D: tl.constexpr, P: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, W: tl.constexpr,
-    CW: tl.constexpr, CALIBRATED: tl.constexpr, RADII: tl.constexpr,
+    D: tl.constexpr, P: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SLOTS: tl.constexpr,
+    W: tl.constexpr, CW: tl.constexpr, CALIBRATED: tl.constexpr, RADII: tl.constexpr,
     KT: tl.constexpr, KP: tl.constexpr, KD: tl.constexpr, KB: tl.constexpr,
     VT: tl.constexpr, VP: tl.constexpr, VD: tl.constexpr, VB: tl.constexpr,
     STAGES: tl.constexpr, PTX: tl.constexpr,
@@ -133,7 +162,7 @@ def decode_items(
     Arena    int16, the whole arena
     Entries  int64 [entries, 2]: byte addresses of the key and of the value slice
     Items    int32 [items, 4]: row, first entry, end, valid tokens of the last entry
-    Q        float16 [rows, GP, D] in the key frame, to be multiplied by QScale float32 [rows, GP];
+    Q        float16 [rows, G, D] in the key frame, to be multiplied by QScale float32 [rows, G];
              gives logits in base 2
     Out      float32 [items, 2, G, D] in the value frame: codes, centroids; Lse [items, G], base 2
     """
@@ -142,32 +171,37 @@ def decode_items(
     first = tl.load(Items + item * 4 + 1)
     end = tl.load(Items + item * 4 + 2)
     last_valid = tl.load(Items + item * 4 + 3)
-    g = tl.arange(0, GP)
+    g = tl.arange(0, GP) % (GP // SLOTS)
+    real = g < G
+    slot = tl.arange(0, GP) // (GP // SLOTS)
+    slots = tl.arange(0, SLOTS)
     w = tl.arange(0, W)
     c = tl.arange(0, CW)
     t = tl.arange(0, P)
-    q_row = Q + row * (GP * D) + g[None, :] * D
-    q_scale = tl.load(QScale + row * GP + g) * UNIT
-    q, offsets = load_query(q_row, w, KP, KB)
-    if CALIBRATED:
-        c_inside = (c < D // 2)[:, None]
-        q_even = tl.load(q_row + 2 * c[:, None], mask=c_inside, other=0.0)
-        q_odd = tl.load(q_row + 2 * c[:, None] + 1, mask=c_inside, other=0.0)
-        c_offset = tl.sum(q_even.to(tl.float32), 0) + tl.sum(q_odd.to(tl.float32), 0)
-        c_offset = c_offset * (-127.5 / UNIT)
-        c_even = tl.zeros([CW, GP], tl.float32)
-        c_odd = tl.zeros([CW, GP], tl.float32)
-        c_mass = tl.zeros([GP], tl.float32)
-
+    q_row = Q + row * (G * D) + g[None, :] * D
+    q_scale = tl.load(QScale + row * G + g, mask=real, other=0.0) * UNIT
+    q, offsets = load_query(q_row, w, tl.where(real, slot, -1), KP, KB, SLOTS)
+    real = real[None, :]
     top = tl.full([GP], NONE, tl.float32)
     mass = tl.zeros([GP], tl.float32)
     ones = tl.full([16, P], 1.0, tl.float16)
-    out, weight, unit = (), (), ()
+    out, weight, unit, near_sums = (), (), (), ()
     for i in tl.static_range(len(VP)):
         out = out + (tl.zeros([W, GP], tl.float32),)
-    for b in tl.static_range(len(VB)):
+    for u in tl.static_range(len(VB) // SLOTS):
         weight = weight + (tl.zeros([16, GP], tl.float32),)
+    for b in tl.static_range(len(VB)):
         unit = unit + (tl.full([], SMALLEST, tl.int32),)
+    if CALIBRATED:
+        even = (c < D // 2)[:, None] & real & (slot == 0)[None, :]
+        q_even = tl.load(q_row + 2 * c[:, None], mask=even, other=0.0)
+        q_odd = tl.load(q_row + 2 * c[:, None] + 1, mask=even, other=0.0)
+        c_offset = tl.sum(q_even.to(tl.float32), 0) + tl.sum(q_odd.to(tl.float32), 0)
+        c_offset = c_offset * (-127.5 / UNIT)
+        c_mass = tl.zeros([GP], tl.float32)
+        HALVES: tl.constexpr = 1 if SLOTS > 1 else 2
+        for _ in tl.static_range(HALVES):
+            near_sums = near_sums + (tl.zeros([CW, GP], tl.float32),)
     for e in tl.range(first, end, num_stages=STAGES):
         keys = Arena + tl.multiple_of(tl.load(Entries + 2 * e) >> 1, 8)
         values = Arena + tl.multiple_of(tl.load(Entries + 2 * e + 1) >> 1, 8)
@@ -196,15 +230,22 @@ def decode_items(
             v_radii = tl.where(valid, load_halves(values + RADII, t), 0.0)
             v_scales = (tl.max(v_radii, 0),)
             logits = tl.where(valid[:, None], tl.zeros([P, GP], tl.float32), -float("inf"))
-        for b in tl.static_range(len(KB)):
-            if KB[b][1] > 0:
-                dots = tl.broadcast_to(offsets[b][None, :], [P, GP])
-                dots = band_dots(k_tiles, q, dots, b, KP, KD, PTX)
-                if CALIBRATED:
-                    radii = radius_of(k_radii, b) * (k_scales[b] * (KB[b][1] * RADIUS_UNIT / UNIT))
-                else:
-                    radii = k_radii * (KB[b][1] / UNIT)
-                logits += dots * radii[:, None]
+        for u in tl.static_range(len(KB) // SLOTS):
+            dots = tl.broadcast_to(offsets[u][None, :], [P, GP])
+            dots = tile_dots(k_tiles, q, dots, u, SLOTS, KP, KD, PTX)
+            if CALIBRATED:
+                factors = ()
+                for b in tl.static_range(len(KB)):
+                    factors = factors + (k_scales[b] * (KB[b][1] * RADIUS_UNIT / UNIT),)
+                radii = radii_of(k_radii, slots, u, SLOTS, PTX)
+                radii = radii * scales_of(factors, slots, u, SLOTS)[None, :]
+                logits += dots * columns_of(radii, GP)
+            else:
+                logits += dots * (k_radii * (KB[0][1] / UNIT))[:, None]
+        if SLOTS > 1:  # the bands' shares of a logit lie in different columns
+            whole = tl.sum(tl.reshape(logits, [P, SLOTS, GP // SLOTS]), 1)
+            whole = tl.broadcast_to(whole[:, None, :], [P, SLOTS, GP // SLOTS])
+            logits = tl.reshape(whole, [P, GP])
 
         page_top = tl.max(logits, 0) * q_scale
         rise = tl.max(page_top - top, 0)
@@ -219,61 +260,69 @@ def decode_items(
             top = new_top
             mass *= fade
             if CALIBRATED:
-                c_even *= fade[None, :]
-                c_odd *= fade[None, :]
                 c_mass *= fade
-            fades, new_weight, new_out = (), (), ()
+            ratios, new_weight, new_out, new_near = (), (), (), ()
             for b in tl.static_range(len(VB)):
                 ratio = (unit[b] - powers[b] + 0x3F800000).to(tl.float32, bitcast=True)
-                fades = fades + (fade * ratio,)
-                new_weight = new_weight + (weight[b] * fades[b][None, :],)
+                ratios = ratios + (ratio,)
+            for i in tl.static_range(len(near_sums)):
+                new_near = new_near + (near_sums[i] * fade[None, :],)
+            for u in tl.static_range(len(VB) // SLOTS):
+                in_slot = scales_of(ratios, slot, u, SLOTS)
+                new_weight = new_weight + (weight[u] * (fade * in_slot)[None, :],)
             for i in tl.static_range(len(VP)):
-                new_out = new_out + (out[i] * fades[VP[i][0]][None, :],)
-            weight, out, unit = new_weight, new_out, powers
-
+                new_out = new_out + (out[i] * (fade * ratios[VP[i][0]])[None, :],)
+            weight, out, unit, near_sums = new_weight, new_out, powers, new_near
         p = tl.exp2(logits * q_scale[None, :] - (top - P_SHIFT)[None, :])
         page_mass = tl.sum(p, 0)
         mass += page_mass
         if CALIBRATED:
             share = page_mass * v_scales[CENTROID]
-            c_even += take_digit(v_centroid, 0, 8, 0, PTX).to(tl.float32) * share[None, :]
-            c_odd += take_digit(v_centroid, 8, 8, 0, PTX).to(tl.float32) * share[None, :]
             c_mass += share
+            new_near = ()
+            for i in tl.static_range(HALVES):
+                half = (slots + i) % 2
+                codes = (v_centroid.to(tl.int32) >> (8 * half)[None, :]) & 0xFF
+                sums = columns_of(codes.to(tl.float32), GP) * share[None, :]
+                new_near = new_near + (near_sums[i] + sums,)
+            near_sums = new_near
         weights, new_weight, new_out = (), (), ()
-        for b in tl.static_range(len(VB)):
-            per_unit = (0x7F000000 - unit[b]).to(tl.float32, bitcast=True)
+        for u in tl.static_range(len(VB) // SLOTS):
             if CALIBRATED:
-                radii = radius_of(v_radii, b) * (v_scales[b] * per_unit * RADIUS_UNIT)
+                factors = ()
+                for b in tl.static_range(len(VB)):
+                    per_unit = (0x7F000000 - unit[b]).to(tl.float32, bitcast=True)
+                    factors = factors + (v_scales[b] * per_unit * RADIUS_UNIT,)
+                radii = radii_of(v_radii, slots, u, SLOTS, PTX)
+                radii = columns_of(radii * scales_of(factors, slots, u, SLOTS)[None, :], GP)
             else:
-                radii = v_radii * per_unit
-            weights = weights + ((p * radii[:, None]).to(tl.float16),)
-            new_weight = new_weight + (tl.dot(ones, weights[b], weight[b]),)
+                radii = (v_radii * (0x7F000000 - unit[0]).to(tl.float32, bitcast=True))[:, None]
+            weights = weights + ((p * radii).to(tl.float16),)
+            new_weight = new_weight + (tl.dot(ones, weights[u], weight[u]),)
         for i in tl.static_range(len(VP)):
             sums = out[i]
             for j in tl.static_range(len(VD)):
                 if VD[j][1] == i:
                     codes = take_digit(v_tiles[VD[j][0]], VD[j][2], VD[j][3], VD[j][4], PTX)
-                    sums = tl.dot(codes, weights[VP[i][0]], sums)
+                    sums = tl.dot(codes, weights[VP[i][0] // SLOTS], sums)
             new_out = new_out + (sums,)
         out, weight = new_out, new_weight
 
     inverse = tl.where(mass > 0, 1.0 / mass, 0.0)
-    real = (g < G)[None, :]
     target = Out + item * (2 * G * D) + g[None, :] * D
     for i in tl.static_range(len(VP)):
-        offset = tl.max(weight[VP[i][0]], 0) * VB[VP[i][0]][0]
+        offset = tl.max(weight[VP[i][0] // SLOTS], 0) * VB[VP[i][0]][0]
         scale = inverse * (unit[VP[i][0]].to(tl.float32, bitcast=True) * VB[VP[i][0]][1])
-        inside = (w < VP[i][2])[:, None] & real
+        inside = (w < VP[i][2])[:, None] & real & (slot == VP[i][0] % SLOTS)[None, :]
         channel = VP[i][1] + 2 * w[:, None]
         tl.store(target + channel, (out[i] - offset[None, :]) * scale[None, :], mask=inside)
-    if CALIBRATED:
-        offset = (c_mass * (127.5 / UNIT))[None, :]
-        scale = (inverse * UNIT)[None, :]
-        target += G * D
-        tl.store(target + 2 * c[:, None], (c_even - offset) * scale, mask=c_inside & real)
-        tl.store(target + 2 * c[:, None] + 1, (c_odd - offset) * scale, mask=c_inside & real)
+    for i in tl.static_range(len(near_sums)):
+        half = (slot + i) % 2
+        inside = (c < D // 2)[:, None] & real & (slot < 2)[None, :]
+        sums = (near_sums[i] - (c_mass * 127.5)[None, :]) * inverse[None, :]
+        tl.store(target + (G * D + 2 * c[:, None] + half[None, :]), sums, mask=inside)
     lse = tl.where(mass > 0, top - P_SHIFT + tl.log2(mass), -float("inf"))
-    tl.store(Lse + item * G + g, lse, mask=g < G)
+    tl.store(Lse + item * G + g, lse, mask=(g < G) & (slot == 0))
 
 
 @triton.jit
@@ -285,8 +334,8 @@ def frame_queries(
 
     Q       [batch, kv_heads * G, D]; logits in base 2 are `scale` times q . k
     Dual    float32 [frames, kv_heads, D, D], B; Centre float32 [kv_heads, D]
-    Framed  float16 [frames, rows, GP, D], B q over QScale float32 [frames, rows, GP]
-    Near    float32 [rows, GP], q . centre in base 2
+    Framed  float16 [frames, rows, G, D], B q over QScale float32 [frames, rows, G]
+    Near    float32 [rows, G], q . centre in base 2
     """
     row = tl.program_id(0)
     frame = tl.program_id(1)
@@ -302,20 +351,20 @@ def frame_queries(
     framed = tl.dot(q, turned, input_precision="tf32x3")
     peak = tl.max(tl.abs(framed), 1)
     step = tl.where(peak > 0, peak, 1.0) * 2.0**-14  # float16 then holds up to 2**14
-    place = (frame * tl.num_programs(0) + row) * GP
-    tl.store(QScale + place + g, step)
+    place = (frame * tl.num_programs(0) + row) * G
+    tl.store(QScale + place + g, step, mask=g < G)
     target = Framed + (place + g[:, None]) * D + d[None, :]
-    tl.store(target, (framed / step[:, None]).to(tl.float16), mask=(d < D)[None, :])
+    tl.store(target, (framed / step[:, None]).to(tl.float16), mask=inside)
     if frame == 0:
         centre = tl.load(Centre + head * D + d, mask=d < D, other=0.0)
-        tl.store(Near + row * GP + g, tl.sum(q * centre[None, :], 1))
+        tl.store(Near + row * G + g, tl.sum(q * centre[None, :], 1), mask=g < G)
 
 
 @triton.jit
 def merge_items(
     Partial, Lse, RowItems, RowStart, Dual, Centre, Near, Out, OutLse, kv_heads,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, COLUMNS: tl.constexpr,
-    FRAMES: tl.constexpr,
+    BLOCK: tl.constexpr, FRAMES: tl.constexpr,
 ):  # fmt: skip
     """Items of a row into its attention; COLUMNS output channels of one row by every program.
 
@@ -331,11 +380,14 @@ def merge_items(
     d = tl.arange(0, DP)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     real = g < G
-    inside = real[:, None] & (d < D)[None, :]
-    top = tl.full([GP], -1e30, tl.float32)
-    for i in range(tl.load(RowStart + row * FRAMES), tl.load(RowStart + (row + 1) * FRAMES)):
-        item = tl.load(RowItems + i)
-        top = tl.maximum(top, tl.load(Lse + item * G + g, mask=real, other=-1e30))
+    n = tl.arange(0, BLOCK)
+    top = tl.full([GP], NONE, tl.float32)
+    start = tl.load(RowStart + row * FRAMES)
+    end = tl.load(RowStart + (row + 1) * FRAMES)
+    for i in range(start, end, BLOCK):
+        item = tl.load(RowItems + i + n, mask=i + n < end, other=-1)[:, None]
+        logs = tl.load(Lse + item * G + g[None, :], mask=(item >= 0) & real[None, :], other=NONE)
+        top = tl.maximum(top, tl.max(logs, 0))
     mass = tl.zeros([GP], tl.float32)
     out = tl.zeros([GP, COLUMNS], tl.float32)
     for frame in tl.static_range(FRAMES):
@@ -343,15 +395,19 @@ def merge_items(
         end = tl.load(RowStart + row * FRAMES + frame + 1)
         if end > start:
             sums = tl.zeros([GP, DP], tl.float32)
-            for i in range(start, end):
-                item = tl.load(RowItems + i)
-                share = tl.exp2(tl.load(Lse + item * G + g, mask=real, other=-1e30) - top)
-                at = Partial + item.to(tl.int64) * (2 * G * D) + g[:, None] * D + d[None, :]
-                part = tl.load(at, mask=inside, other=0.0)
+            for i in range(start, end, BLOCK):
+                item = tl.load(RowItems + i + n, mask=i + n < end, other=-1)[:, None]
+                known = (item >= 0) & real[None, :]
+                logs = tl.load(Lse + item * G + g[None, :], mask=known, other=-float("inf"))
+                share = tl.exp2(logs - top[None, :])
+                at = Partial + item.to(tl.int64)[:, :, None] * (2 * G * D)
+                at += g[None, :, None] * D + d[None, None, :]
+                known = known[:, :, None] & (d < D)[None, None, :]
+                part = tl.load(at, mask=known, other=0.0)
                 if frame == 1:
-                    part += tl.load(at + G * D, mask=inside, other=0.0)
-                mass += share
-                sums += part * share[:, None]
+                    part += tl.load(at + G * D, mask=known, other=0.0)
+                mass += tl.sum(share, 0)
+                sums += tl.sum(part * share[:, :, None], 0)
             dual = Dual + (frame * kv_heads + head).to(tl.int64) * (D * D)
             turned = tl.load(
                 dual + d[:, None] * D + column[None, :],
@@ -364,6 +420,8 @@ def merge_items(
     out = tl.where(known, out / tl.where(known, mass[:, None], 1.0) + centre[None, :], 0.0)
     target = Out + (row * G + g[:, None]) * D + column[None, :]
     tl.store(target, out.to(Out.dtype.element_ty), mask=real[:, None] & (column < D)[None, :])
-    lse = (top + tl.log2(mass) + tl.load(Near + row * GP + g)) * 0.6931471805599453
+    lse = (
+        top + tl.log2(mass) + tl.load(Near + row * G + g, mask=real, other=0.0)
+    ) * 0.6931471805599453
     if tl.program_id(1) == 0:
         tl.store(OutLse + row * G + g, tl.where(mass > 0, lse, -float("inf")), mask=real)

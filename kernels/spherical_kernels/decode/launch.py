@@ -24,6 +24,7 @@ FRAMES = (FrameKind.HOT, FrameKind.CALIBRATED)
 
 MAX_GROUP = 16
 _LOG2_E = 1.4426950408889634
+_FEWEST_PAGES = 4  # of an item: below, starting and merging cost more than reading
 _OPERAND_BITS = 10  # a float16 is linear in its low 10 bits
 
 
@@ -131,7 +132,8 @@ def plan_decode(
 
 def _pages_per_item(counts: torch.Tensor, items: int) -> int:
     """The fewest entries per item that make no more than `items` of rows with `counts` entries."""
-    low, high = 1, max(1, int(counts.max()))
+    high = max(1, int(counts.max()))
+    low = min(_FEWEST_PAGES, high)
     while low < high:
         middle = (low + high) // 2
         if int(((counts + middle - 1) // middle).sum()) <= items:
@@ -186,9 +188,9 @@ def run_decode(
         )
     device, padded, width = q.device, 8 if group <= 8 else 16, max(16, _power_of_two(d))
     f32: dict[str, Any] = {"dtype": torch.float32, "device": device}
-    framed = torch.empty(len(FRAMES), plan.rows, padded, d, dtype=torch.float16, device=device)
-    q_scale = torch.empty(len(FRAMES), plan.rows, padded, **f32)
-    near = torch.empty(plan.rows, padded, **f32)
+    framed = torch.empty(len(FRAMES), plan.rows, group, d, dtype=torch.float16, device=device)
+    q_scale = torch.empty(len(FRAMES), plan.rows, group, **f32)
+    near = torch.empty(plan.rows, group, **f32)
     partial = torch.empty(len(plan.items), 2, group, d, **f32)
     partial_lse = torch.empty(len(plan.items), group, **f32)
     out, lse = torch.empty_like(q), torch.empty(batch, heads, **f32)
@@ -208,7 +210,8 @@ def run_decode(
     merge_items[plan.rows, -(-d // columns)](
         partial, partial_lse, plan.row_items, plan.row_start, frames.value_duals,
         frames.value_centre, near, out, lse, kv_heads,
-        D=d, DP=width, G=group, GP=padded, COLUMNS=columns, FRAMES=len(FRAMES),
+        D=d, DP=width, G=group, GP=padded, COLUMNS=columns, BLOCK=8,
+        FRAMES=len(FRAMES),
     )  # fmt: skip
     return out, lse
 
@@ -225,12 +228,15 @@ def _power_of_two(n: int) -> int:
 def kernel_constants(keys: SliceLayout, values: SliceLayout, group: int) -> dict[str, Any]:
     """What the main kernel is specialised on."""
     sides = _Side.of(keys), _Side.of(values)
+    # columns that a small group leaves empty take other bands of the same query heads
+    slots = (4 if group <= 2 else 2 if group <= 4 else 1) if keys.calibrated else 1
     words = max(words for side in sides for _, words in side.tiles)
     constants: dict[str, Any] = {
         "D": keys.head_dim,
         "P": keys.page_size,
         "G": group,
         "GP": 8 if group <= 8 else 16,
+        "SLOTS": slots,
         "W": max(16, _power_of_two(words)),
         "CW": max(16, _power_of_two(keys.head_dim // 2)),
         "CALIBRATED": keys.calibrated,
