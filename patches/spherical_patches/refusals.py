@@ -54,6 +54,7 @@ REFUSALS = (
         "another radix cache",
         "leave the flag out: --kv-format spherical brings its own",
     ),
+    Refusal("radix_eviction_policy", ("lru", None), "another order of eviction", "use lru"),
     Refusal(
         "kv_cache_dtype",
         ("auto", "bf16", "bfloat16"),

@@ -54,7 +54,7 @@ class SphericalKVPool(KVCache):
         self.arena = Arena(
             layout,
             hot_pages * layout.hot_blocks,
-            1 + int(hot_pages * layout.logical_pages_per_hot_page),
+            1 + hot_pages * layout.hot_blocks // min(layout.blocks),
             device,
             lambda: self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE),
         )

@@ -29,6 +29,8 @@ COMMAND_LINES = [
     "--enable-hisparse",
     "--prefill-only-disable-kv-cache",
     "--radix-cache-backend flexkv",
+    "--radix-eviction-policy lfu",
+    "--radix-eviction-policy priority",
     "--kv-cache-dtype fp8_e4m3",
     "--kv-cache-dtype fp8_e5m2",
     "--kv-canary log",
