@@ -427,6 +427,19 @@ def test_eviction_lowers_before_it_drops(cache: Cache) -> None:
     cache.check()
 
 
+def test_only_the_first_page_of_a_prefix_is_a_sink(cache: Cache) -> None:
+    """Nodes deeper in the tree have no sinks of their own."""
+    cache.serve(pages_of(0, 1, 2, 0))
+    cache.serve(pages_of(0, 1, 1, 1))
+    cost = cache.layout.cost_tokens
+    free = cache.allocator.available_size()
+    cache.tree.evict(EvictParams(cache.allocator.size - free - PAGE - 5 * cost[2]))
+    assert cache.levels(pages_of(0, 1, 2, 0)) == [0, 2, 2, 2]
+    assert cache.levels(pages_of(0, 1, 1, 1)) == [0, 2, 2, 2]
+    assert cache.tree.evictable_size() == PAGE + 5 * cost[2]
+    cache.check()
+
+
 def test_everything_can_be_evicted_at_once(cache: Cache) -> None:
     for first in range(3):
         cache.serve(pages_of(first, 0, 1))
@@ -561,6 +574,17 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(cache: Cache) -> None:
     ones = torch.tensor([1])
     assert allocator.alloc_decode(ones, ones, ones) is None
     assert allocator.available_size() == 0
+
+
+def test_page_ids_that_wait_to_be_sorted_are_used_in_time(cache: Cache) -> None:
+    allocator = SphericalAllocator(cache.pool, need_sort=True)
+    ids = cache.pool.arena.num_pages - 1
+    for _ in range(5 * ids):
+        loc = allocator.alloc(10 * PAGE)
+        assert loc is not None
+        allocator.free(loc)
+        assert len(allocator.free_pages) + len(allocator.release_pages) == ids
+        assert allocator.available_size() == allocator.size
 
 
 def test_frees_may_be_gathered(cache: Cache) -> None:
