@@ -127,7 +127,7 @@ class Batch:
         if layout.calibrated:
             scales = torch.rand(len(places), SCALES, device="cuda") * 0.5 + 0.5
             scales *= torch.tensor(
-                [2.0 ** (1 - b) for b in layout.pattern.bits] + [0.01] * 4
+                [2.0 ** (1 - b) for b in layout.pattern.bits] + [0.01] * (SCALES - 4)
             ).cuda()
             self._put(places + layout.scales_offset_bytes, scales.half())
             codes = torch.randint(150, 241, (len(places), PAGE * layout.bands), device="cuda")
@@ -243,9 +243,9 @@ def sweep(batch: Batch, base: Tuning, copy: float) -> list[dict[str, Any]]:
     """Times of many tunings."""
     found = []
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    for stages in (4, 6, 8, 10):
-        for per_sm in (4, 6, 7, 8, 9, 12, 16):
-            tuning = Tuning(items=sms * per_sm, stages=stages, warps=base.warps)
+    for stages, registers in ((4, None), (6, None), (8, None), (10, None), (6, 224)):
+        for per_sm in (4, 5, 8, 16):
+            tuning = Tuning(sms * per_sm, stages, base.warps, registers)
             try:
                 plan = batch.plan(tuning)
                 us = graph_us(lambda plan=plan: batch.run(plan))
@@ -257,7 +257,7 @@ def sweep(batch: Batch, base: Tuning, copy: float) -> list[dict[str, Any]]:
     for row in found[:4] + found[-1:]:
         print(
             f"    {row['us']:7.1f} us {row['fraction']:.3f} stages {row['stages']} "
-            f"per_sm {row['per_sm']}"
+            f"per_sm {row['per_sm']} registers {row['registers']}"
         )
     return found
 
@@ -310,7 +310,7 @@ def measure(
         sweeps[f"{name} {tier}"] = sweep(batch, tuning, copy)
     if sweeps is not None:
         best = sweeps[f"{name} {tier}"][0]
-        tuning = Tuning(best["items"], best["stages"], best["warps"])
+        tuning = Tuning(*(best[key] for key in ("items", "stages", "warps", "registers")))
         plan = batch.plan(tuning)
     us = graph_us(lambda: batch.run(plan))
     fraction = batch.bytes / us / 1e3 / copy

@@ -33,8 +33,17 @@ def digit_asm(shift, bits, place):
     mask = (((1 << bits) - 1) << place) * 0x10001
     if shift == place:
         return f"and.b32 $0, $1, {mask};"
-    op = "shr.u32" if shift > place else "shl.b32"
-    return f"{{ .reg .b32 t; {op} t, $1, {abs(shift - place)}; and.b32 $0, t, {mask}; }}"
+    if shift != place + 8:
+        op = "shr.u32" if shift > place else "shl.b32"
+        return f"{{ .reg .b32 t; {op} t, $1, {abs(shift - place)}; and.b32 $0, t, {mask}; }}"
+    upper = "prmt.b32 t, $1, 0, 0x4341;"  # the upper byte of both words
+    if bits == 8:
+        return f"{{ .reg .b32 t; {upper} mov.b32 $0, t; }}"
+    if place + bits < 8:
+        return f"{{ .reg .b32 t; {upper} and.b32 $0, t, {mask}; }}"
+    # the highest digit is the byte without the others: that is not the busy integer unit's work
+    rest = ((1 << place) - 1) * 0x10001
+    return f"{{ .reg .b32 t, r; {upper} and.b32 r, t, {rest}; sub.f16x2 $0, t, r; }}"
 
 
 @triton.jit
@@ -117,13 +126,16 @@ def load_scales(halves):
 
 
 @triton.jit
-def load_query(q_row, w, slot, PARTS: tl.constexpr, BANDS: tl.constexpr, SLOTS: tl.constexpr):
+def load_query(
+    q_row, per_step, w, slot, PARTS: tl.constexpr, BANDS: tl.constexpr, SLOTS: tl.constexpr
+):
     """The query by parts, [W, GP] float16, each in the columns of its band's slot, zero elsewhere;
     and by column tile what codes exceed levels by, [GP], negative."""
     parts, offsets = (), ()
     for i in tl.static_range(len(PARTS)):
         inside = (w < PARTS[i][2])[:, None] & (slot == PARTS[i][0] % SLOTS)[None, :]
-        parts = parts + (tl.load(q_row + PARTS[i][1] + 2 * w[:, None], mask=inside, other=0.0),)
+        part = tl.load(q_row + PARTS[i][1] + 2 * w[:, None], mask=inside, other=0.0)
+        parts = parts + ((part * per_step[None, :]).to(tl.float16),)
     for u in tl.static_range(len(BANDS) // SLOTS):
         total = tl.zeros([slot.shape[0]], tl.float32)
         for i in tl.static_range(len(PARTS)):
@@ -150,7 +162,7 @@ def tile_dots(
 
 @triton.jit
 def decode_items(
-    Arena, Entries, Items, Q, QScale, Out, Lse, first_item,
+    Arena, Entries, Items, Q, Out, Lse, first_item,
     D: tl.constexpr, P: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SLOTS: tl.constexpr,
     W: tl.constexpr, CW: tl.constexpr, CALIBRATED: tl.constexpr, RADII: tl.constexpr,
     KT: tl.constexpr, KP: tl.constexpr, KD: tl.constexpr, KB: tl.constexpr,
@@ -162,8 +174,7 @@ def decode_items(
     Arena    int16, the whole arena
     Entries  int64 [entries, 2]: byte addresses of the key and of the value slice
     Items    int32 [items, 4]: row, first entry, end, valid tokens of the last entry
-    Q        float16 [rows, G, D] in the key frame, to be multiplied by QScale float32 [rows, G];
-             gives logits in base 2
+    Q        float32 [rows, G, D] in the key frame, gives logits in base 2
     Out      float32 [items, 2, G, D] in the value frame: codes, centroids; Lse [items, G], base 2
     """
     item = first_item + tl.program_id(0)
@@ -179,8 +190,13 @@ def decode_items(
     c = tl.arange(0, CW)
     t = tl.arange(0, P)
     q_row = Q + row * (G * D) + g[None, :] * D
-    q_scale = tl.load(QScale + row * G + g, mask=real, other=0.0) * UNIT
-    q, offsets = load_query(q_row, w, tl.where(real, slot, -1), KP, KB, SLOTS)
+    channel = (c < D // 2)[:, None] & real[None, :]
+    q_even = tl.load(q_row + 2 * c[:, None], mask=channel, other=0.0)
+    q_odd = tl.load(q_row + 2 * c[:, None] + 1, mask=channel, other=0.0)
+    peak = tl.max(tl.maximum(tl.abs(q_even), tl.abs(q_odd)), 0)
+    per_step = tl.where(peak > 0, 2.0**14 / peak, 1.0)  # as large as is safe in float16
+    q_scale = UNIT / per_step
+    q, offsets = load_query(q_row, per_step, w, tl.where(real, slot, -1), KP, KB, SLOTS)
     real = real[None, :]
     top = tl.full([GP], NONE, tl.float32)
     mass = tl.zeros([GP], tl.float32)
@@ -193,9 +209,9 @@ def decode_items(
     for b in tl.static_range(len(VB)):
         unit = unit + (tl.full([], SMALLEST, tl.int32),)
     if CALIBRATED:
-        even = (c < D // 2)[:, None] & real & (slot == 0)[None, :]
-        q_even = tl.load(q_row + 2 * c[:, None], mask=even, other=0.0)
-        q_odd = tl.load(q_row + 2 * c[:, None] + 1, mask=even, other=0.0)
+        per_step = tl.where(slot == 0, per_step, 0.0)[None, :]
+        q_even = (q_even * per_step).to(tl.float16)
+        q_odd = (q_odd * per_step).to(tl.float16)
         c_offset = tl.sum(q_even.to(tl.float32), 0) + tl.sum(q_odd.to(tl.float32), 0)
         c_offset = c_offset * (-127.5 / UNIT)
         c_mass = tl.zeros([GP], tl.float32)
@@ -327,35 +343,31 @@ def decode_items(
 
 @triton.jit
 def frame_queries(
-    Q, Dual, Centre, Framed, QScale, Near, kv_heads, scale,
-    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+    Q, Dual, Centre, Framed, Near, kv_heads, scale,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Queries into a key frame, one (row, frame) by every program.
+    """Queries into a key frame; COLUMNS channels of one (row, frame) by every program.
 
     Q       [batch, kv_heads * G, D]; logits in base 2 are `scale` times q . k
     Dual    float32 [frames, kv_heads, D, D], B; Centre float32 [kv_heads, D]
-    Framed  float16 [frames, rows, G, D], B q over QScale float32 [frames, rows, G]
-    Near    float32 [rows, G], q . centre in base 2
+    Framed  float32 [frames, rows, G, D], B q; Near float32 [rows, G], q . centre, both in base 2
     """
     row = tl.program_id(0)
-    frame = tl.program_id(1)
+    frame = tl.program_id(2)
     head = row % kv_heads
     g = tl.arange(0, GP)
     d = tl.arange(0, DP)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (g < G)[:, None] & (d < D)[None, :]
     q = tl.load(Q + (row * G + g[:, None]) * D + d[None, :], mask=inside, other=0.0)
     q = q.to(tl.float32) * scale
     dual = Dual + (frame * kv_heads + head).to(tl.int64) * (D * D)
-    square = (d < D)[:, None] & (d < D)[None, :]
-    turned = tl.load(dual + d[None, :] * D + d[:, None], mask=square, other=0.0)
+    inside = (d < D)[:, None] & (column < D)[None, :]
+    turned = tl.load(dual + column[None, :] * D + d[:, None], mask=inside, other=0.0)
     framed = tl.dot(q, turned, input_precision="tf32x3")
-    peak = tl.max(tl.abs(framed), 1)
-    step = tl.where(peak > 0, peak, 1.0) * 2.0**-14  # float16 then holds up to 2**14
-    place = (frame * tl.num_programs(0) + row) * G
-    tl.store(QScale + place + g, step, mask=g < G)
-    target = Framed + (place + g[:, None]) * D + d[None, :]
-    tl.store(target, (framed / step[:, None]).to(tl.float16), mask=inside)
-    if frame == 0:
+    target = Framed + ((frame * tl.num_programs(0) + row) * G + g[:, None]) * D + column[None, :]
+    tl.store(target, framed, mask=(g < G)[:, None] & (column < D)[None, :])
+    if (frame == 0) & (tl.program_id(1) == 0):
         centre = tl.load(Centre + head * D + d, mask=d < D, other=0.0)
         tl.store(Near + row * G + g, tl.sum(q * centre[None, :], 1), mask=g < G)
 
@@ -363,10 +375,10 @@ def frame_queries(
 @triton.jit
 def merge_items(
     Partial, Lse, RowItems, RowStart, Dual, Centre, Near, Out, OutLse, kv_heads,
-    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr, FRAMES: tl.constexpr,
 ):  # fmt: skip
-    """Items of a row into its attention; COLUMNS output channels of one row by every program.
+    """Items of a row into its attention; COLUMNS channels of one query head by every program.
 
     Partial   float32 [items, 2, G, D]; Lse float32 [items, G], base 2
     RowItems  int32, items by row, then by frame; those of (row, frame) start at RowStart
@@ -374,54 +386,44 @@ def merge_items(
     Dual      float32 [frames, kv_heads, D, D], B of the value frames; Centre float32 [kv_heads, D]
     Out       [batch, kv_heads * G, D]; OutLse float32 [batch, kv_heads * G], natural
     """
-    row = tl.program_id(0)
+    query = tl.program_id(0)
+    row = query // G
     head = row % kv_heads
-    g = tl.arange(0, GP)
+    g = query % G
+    n = tl.arange(0, BLOCK)
     d = tl.arange(0, DP)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    real = g < G
-    n = tl.arange(0, BLOCK)
-    top = tl.full([GP], NONE, tl.float32)
-    start = tl.load(RowStart + row * FRAMES)
-    end = tl.load(RowStart + (row + 1) * FRAMES)
-    for i in range(start, end, BLOCK):
-        item = tl.load(RowItems + i + n, mask=i + n < end, other=-1)[:, None]
-        logs = tl.load(Lse + item * G + g[None, :], mask=(item >= 0) & real[None, :], other=NONE)
-        top = tl.maximum(top, tl.max(logs, 0))
-    mass = tl.zeros([GP], tl.float32)
-    out = tl.zeros([GP, COLUMNS], tl.float32)
+    inside = (d < D)[:, None] & (column < D)[None, :]
+    at_row = RowStart + row * FRAMES
+    top = NONE
+    for i in range(tl.load(at_row), tl.load(at_row + FRAMES), BLOCK):
+        known = i + n < tl.load(at_row + FRAMES)
+        item = tl.load(RowItems + i + n, mask=known, other=0)
+        top = tl.maximum(top, tl.max(tl.load(Lse + item * G + g, mask=known, other=NONE), 0))
+    mass = 0.0
+    out = tl.zeros([COLUMNS], tl.float32)
     for frame in tl.static_range(FRAMES):
-        start = tl.load(RowStart + row * FRAMES + frame)
-        end = tl.load(RowStart + row * FRAMES + frame + 1)
+        start, end = tl.load(at_row + frame), tl.load(at_row + frame + 1)
         if end > start:
-            sums = tl.zeros([GP, DP], tl.float32)
+            dual = Dual + (frame * kv_heads + head).to(tl.int64) * (D * D)
+            dual = tl.load(dual + d[:, None] * D + column[None, :], mask=inside, other=0.0)
+            sums = tl.zeros([DP], tl.float32)
             for i in range(start, end, BLOCK):
-                item = tl.load(RowItems + i + n, mask=i + n < end, other=-1)[:, None]
-                known = (item >= 0) & real[None, :]
-                logs = tl.load(Lse + item * G + g[None, :], mask=known, other=-float("inf"))
-                share = tl.exp2(logs - top[None, :])
-                at = Partial + item.to(tl.int64)[:, :, None] * (2 * G * D)
-                at += g[None, :, None] * D + d[None, None, :]
-                known = known[:, :, None] & (d < D)[None, None, :]
+                known = i + n < end
+                item = tl.load(RowItems + i + n, mask=known, other=0)
+                logs = tl.load(Lse + item * G + g, mask=known, other=-float("inf"))
+                share = tl.exp2(logs - top)
+                at = Partial + (item.to(tl.int64) * 2 * G + g)[:, None] * D + d[None, :]
+                known = known[:, None] & (d < D)[None, :]
                 part = tl.load(at, mask=known, other=0.0)
                 if frame == 1:
                     part += tl.load(at + G * D, mask=known, other=0.0)
                 mass += tl.sum(share, 0)
-                sums += tl.sum(part * share[:, :, None], 0)
-            dual = Dual + (frame * kv_heads + head).to(tl.int64) * (D * D)
-            turned = tl.load(
-                dual + d[:, None] * D + column[None, :],
-                mask=(d < D)[:, None] & (column < D)[None, :],
-                other=0.0,
-            )
-            out = tl.dot(sums, turned, out, input_precision="tf32x3")
-    known = (mass > 0)[:, None]
+                sums += tl.sum(part * share[:, None], 0)
+            out += tl.sum(sums[:, None] * dual, 0)
     centre = tl.load(Centre + head * D + column, mask=column < D, other=0.0)
-    out = tl.where(known, out / tl.where(known, mass[:, None], 1.0) + centre[None, :], 0.0)
-    target = Out + (row * G + g[:, None]) * D + column[None, :]
-    tl.store(target, out.to(Out.dtype.element_ty), mask=real[:, None] & (column < D)[None, :])
-    lse = (
-        top + tl.log2(mass) + tl.load(Near + row * G + g, mask=real, other=0.0)
-    ) * 0.6931471805599453
+    out = tl.where(mass > 0, out / tl.where(mass > 0, mass, 1.0) + centre, 0.0)
+    tl.store(Out + query * D + column, out.to(Out.dtype.element_ty), mask=column < D)
     if tl.program_id(1) == 0:
-        tl.store(OutLse + row * G + g, tl.where(mass > 0, lse, -float("inf")), mask=real)
+        lse = (top + tl.log2(mass) + tl.load(Near + query)) * 0.6931471805599453
+        tl.store(OutLse + query, tl.where(mass > 0, lse, -float("inf")))

@@ -35,11 +35,13 @@ class Tuning:
     items   programs wanted: as many as run at once, for long splits on few programs hide latency
     stages  pages in flight per program
     warps   per program
+    registers  at most, per thread; None leaves it to the compiler
     """
 
     items: int
     stages: int
     warps: int
+    registers: int | None = None
 
 
 DEFAULT_TUNING = Tuning(items=924, stages=8, warps=1)
@@ -188,30 +190,30 @@ def run_decode(
         )
     device, padded, width = q.device, 8 if group <= 8 else 16, max(16, _power_of_two(d))
     f32: dict[str, Any] = {"dtype": torch.float32, "device": device}
-    framed = torch.empty(len(FRAMES), plan.rows, group, d, dtype=torch.float16, device=device)
-    q_scale = torch.empty(len(FRAMES), plan.rows, group, **f32)
+    framed = torch.empty(len(FRAMES), plan.rows, group, d, **f32)
     near = torch.empty(plan.rows, group, **f32)
     partial = torch.empty(len(plan.items), 2, group, d, **f32)
     partial_lse = torch.empty(len(plan.items), group, **f32)
     out, lse = torch.empty_like(q), torch.empty(batch, heads, **f32)
-    frame_queries[plan.rows, len(FRAMES)](
-        q.contiguous(), frames.key_duals, frames.key_centre, framed, q_scale, near, kv_heads,
-        scale * _LOG2_E, D=d, DP=width, G=group, GP=padded,
+    columns = min(width, 32)
+    parts = -(-d // columns)
+    frame_queries[plan.rows, parts, len(FRAMES)](
+        q.contiguous(), frames.key_duals, frames.key_centre, framed, near, kv_heads,
+        scale * _LOG2_E, D=d, DP=width, G=group, GP=padded, COLUMNS=columns,
     )  # fmt: skip
     words = arena.view(torch.int16)
     for part, addresses in zip(plan.ranges, entries, strict=True):
         frame = FRAMES.index(part.keys.pattern.frame)
         decode_items[(part.num_items,)](
-            words, addresses, plan.items, framed[frame], q_scale[frame], partial, partial_lse,
-            part.first_item, **kernel_constants(part.keys, part.values, group),
+            words, addresses, plan.items, framed[frame], partial, partial_lse, part.first_item,
+            **kernel_constants(part.keys, part.values, group),
             STAGES=plan.tuning.stages, PTX=_has_ptx(device), num_warps=plan.tuning.warps,
+            maxnreg=plan.tuning.registers,
         )  # fmt: skip
-    columns = min(width, 32)
-    merge_items[plan.rows, -(-d // columns)](
+    merge_items[plan.rows * group, parts](
         partial, partial_lse, plan.row_items, plan.row_start, frames.value_duals,
         frames.value_centre, near, out, lse, kv_heads,
-        D=d, DP=width, G=group, GP=padded, COLUMNS=columns, BLOCK=8,
-        FRAMES=len(FRAMES),
+        D=d, DP=width, G=group, COLUMNS=columns, BLOCK=16, FRAMES=len(FRAMES), num_warps=2,
     )  # fmt: skip
     return out, lse
 
