@@ -43,10 +43,10 @@ class SphericalConfig:
         _one_of("--spherical-warm-bits", self.warm_bits, WARM_BITS)
         _one_of("--spherical-cold-bits", self.cold_bits, COLD_BITS)
         _one_of("--spherical-budget", self.budget, BUDGETS)
-        if not self.hot_bits >= self.warm_bits > self.cold_bits:
+        if not self.hot_bits > self.warm_bits > self.cold_bits:
             raise ValueError(
                 f"--spherical-warm-bits {self.warm_bits} must lie above --spherical-cold-bits "
-                f"{self.cold_bits} and not above --spherical-hot-bits {self.hot_bits}: "
+                f"{self.cold_bits} and below --spherical-hot-bits {self.hot_bits}: "
                 "use for example 8, 4 and 2"
             )
         if not 0.0 <= self.watermark <= 1.0:

@@ -31,6 +31,7 @@ class SphericalRadixCache(RadixCache):
     """A prefix tree that lowers precision before it forgets.
 
     saved_evictable, saved_protected   hot-token equivalents saved by unlocked and by locked nodes
+    held_hot   by request in flight: its last node, and the first page of its prefix it reads hot
     """
 
     def __init__(self, params: CacheInitParams, config: SphericalConfig) -> None:
@@ -45,6 +46,7 @@ class SphericalRadixCache(RadixCache):
 
     def reset(self) -> None:
         super().reset()
+        self.held_hot: dict[int, tuple[Node, int]] = {}
         self.saved_evictable = 0
         self.saved_protected = 0
 
@@ -123,25 +125,46 @@ class SphericalRadixCache(RadixCache):
 
     def cache_unfinished_req(self, req: Any, chunked: bool = False) -> None:
         super().cache_unfinished_req(req, chunked=chunked)
+        if self.disable:
+            return
+        length = len(req.get_fill_ids())
         # A chunked prompt's pages may still be written, and its next chunk shall see them hot.
-        if not self.disable and not chunked:
-            self._settle(req.last_node, len(req.get_fill_ids()))
+        self.held_hot[id(req)] = req.last_node, 0 if chunked else self._recent_page(length)
+        if not chunked:
+            self._settle(req, req.last_node, length)
 
     def cache_finished_req(
         self, req: Any, is_insert: bool = True, *, kv_len_to_handle: int
     ) -> None:
         super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle)
+        self.held_hot.pop(id(req), None)
         if not self.disable and is_insert and not self.disable_finished_insert:
-            self._settle(self.inserted_node, kv_len_to_handle)
+            self._settle(req, self.inserted_node, kv_len_to_handle)
 
-    def _settle(self, node: Node, length: int) -> None:
-        """Gives the prefix that ends in `node` its budget; its newest tokens stay hot."""
+    def _recent_page(self, length: int) -> int:
+        """The first page that holds any of the newest tokens of a prefix of `length` tokens."""
+        return max(0, length - self.recent_tokens) // self.page_size
+
+    def _settle(self, req: Any, node: Node, length: int) -> None:
+        """Gives the prefix that ends in `node` its budget; what requests read hot stays hot."""
         used = 1.0 - self.allocator.available_size() / self.allocator.size
         if self.budget == 0 or used < self.watermark or not self.allocator.pool.frames.ready:
             return
         path = self._views(list(self._path(node))[::-1])
-        end_page = max(0, length - self.recent_tokens) // self.page_size
-        execute(self, settle(path, self.budget, end_page))
+        operations = settle(path, self.budget, self._recent_page(length), self._hot_tails(req))
+        execute(self, operations)
+
+    def _hot_tails(self, req: Any) -> dict[int, int]:
+        """By node: the page (index into it) from which a request other than `req` reads it hot."""
+        tails: dict[int, int] = {}
+        for holder, (node, hot_page) in self.held_hot.items():
+            if holder == id(req):
+                continue
+            for view in self._views(list(self._path(node))[::-1]):
+                start = max(0, hot_page - view.first_page)
+                key = id(view.node)
+                tails[key] = min(start, tails.get(key, start))
+        return tails
 
     def evict(self, params: EvictParams) -> EvictResult:
         """Frees at least `num_tokens` hot-token equivalents: lower the oldest, then drop them."""

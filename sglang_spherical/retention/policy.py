@@ -6,7 +6,7 @@ Pure functions of tree metadata: no tensors, no clocks, the same answer on every
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,12 +29,17 @@ def lowerable(
     return np.flatnonzero(chosen)
 
 
-def settle(path: Sequence[NodeView], budget: int, end_page: int) -> list[Operation]:
-    """Gives a prefix its budget: everything before `end_page` that is finer goes to level
-    `budget`."""
+def settle(
+    path: Sequence[NodeView], budget: int, end_page: int, hot_tails: Mapping[int, int]
+) -> list[Operation]:
+    """Gives a prefix its budget: everything before `end_page` that is finer goes to level `budget`.
+
+    hot_tails  by id of a node: its first page (index) that another request reads hot
+    """
     operations: list[Operation] = []
     for view in path:
         pages = lowerable(view.levels, view.first_page, budget, end_page)
+        pages = pages[pages < hot_tails.get(id(view.node), len(view.levels))]
         if len(pages):
             operations.append(Lower(view.node, pages, budget))
     return operations

@@ -204,7 +204,7 @@ def test_a_prefix_settles_between_its_sinks_and_its_newest_pages(budget: int) ->
     tree = Tree()
     first = tree.add("first", [0, 0, 2], age=2)
     tree.add("second", [0, 1, 0, 0], age=1, parent=first, first=3)
-    operations = settle(tree.views, budget, end_page=6)
+    operations = settle(tree.views, budget, 6, {})
     wanted = {"first": [1], "second": [0, 2] if budget == 1 else [0, 1, 2]}
     assert lowered(operations) == wanted
     assert all(op.level == budget for op in operations if isinstance(op, Lower))
@@ -215,7 +215,7 @@ def test_a_prefix_settles_between_its_sinks_and_its_newest_pages(budget: int) ->
 def test_settling_lowers_all_that_is_finer_and_nothing_else(
     tree: Tree, budget: int, end_page: int
 ) -> None:
-    down = lowered(settle(tree.views, budget, end_page))
+    down = lowered(settle(tree.views, budget, end_page, {}))
     for view in tree.views:
         for page, level in enumerate(view.levels):
             place = view.first_page + page
@@ -227,4 +227,14 @@ def test_settling_lowers_all_that_is_finer_and_nothing_else(
 def test_a_short_prefix_stays_as_it_is(end_page: int) -> None:
     tree = Tree()
     tree.add("prompt", [0, 0], age=1)
-    assert settle(tree.views, 1, end_page) == []
+    assert settle(tree.views, 1, end_page, {}) == []
+
+
+def test_what_another_request_reads_hot_is_left_alone() -> None:
+    tree = Tree()
+    first = tree.add("first", [0, 0, 0], age=2)
+    second = tree.add("second", [0, 0], age=1, parent=first, first=3)
+    tails = {id(view.node): 2 if view.node is first else 0 for view in tree.views}
+    assert lowered(settle(tree.views, 1, 5, tails)) == {"first": [1]}
+    del tails[id(second)]
+    assert lowered(settle(tree.views, 1, 5, tails)) == {"first": [1], "second": [0, 1]}

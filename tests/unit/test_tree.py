@@ -346,6 +346,31 @@ def test_a_running_request_settles_at_the_end_of_its_prompt_and_not_before(cache
     cache.check()
 
 
+def test_a_prompt_under_way_sees_its_prefix_hot_whoever_else_ends_on_it(cache: Cache) -> None:
+    long = cache.start(pages_of(*LONG))
+    assert cache.prefill(long, 6 * PAGE, last=False)
+    cache.serve(pages_of(*LONG[:4]))
+    assert cache.levels(pages_of(*LONG)) == [0] * 6
+    assert cache.prefill(long, 2 * PAGE)
+    assert cache.levels(pages_of(*LONG)) == [0, 1, 1, 1, 1, 1, 0, 0]
+    cache.finish(long)
+    cache.check()
+
+
+def test_the_newest_tokens_of_a_running_request_stay_hot_for_it(cache: Cache) -> None:
+    short = cache.start(pages_of(*LONG[:4]))
+    assert cache.prefill(short, 4 * PAGE)
+    long = cache.start(pages_of(*LONG))
+    assert cache.prefill(long, 8 * PAGE)
+    assert cache.levels(pages_of(*LONG)) == [0, 1, 0, 0, 1, 1, 0, 0]
+    cache.finish(short, insert=False)
+    cache.check()
+    cache.finish(long)
+    assert cache.levels(pages_of(*LONG)) == [0, 1, 1, 1, 1, 1, 0, 0]
+    assert not cache.tree.held_hot
+    cache.check()
+
+
 @pytest.mark.parametrize(("budget", "level"), [("hot", 0), ("warm", 1), ("cold", 2)])
 def test_the_budget_is_the_level_of_settled_pages(budget: str, level: int) -> None:
     cache = Cache(budget=budget, recent=0)
