@@ -1,6 +1,7 @@
 """Decode kernels against copy bandwidth and FlashInfer, on one GPU, in one process.
 
-usage: PYTHONPATH=kernels python benchmarks/run.py [--shapes NAME ...] [--sweep] [--json OUT]
+usage: PYTHONPATH=kernels python benchmarks/run.py [--shapes NAME ...] [--tiers NAME ...]
+       [--peers NAME ...] [--sweep] [--json OUT]
 
 Nothing is timed before it agrees with the reference in plain PyTorch. Every time is the median over
 replays of a CUDA graph with the L2 cache overwritten in between, and contains all that a layer
@@ -46,6 +47,7 @@ from spherical_kernels.decode.reference import (
 from spherical_kernels.testing import assert_close
 
 PAGE = 64
+PEERS = {"flashinfer_bf16_us": torch.bfloat16, "flashinfer_fp8_us": torch.float8_e4m3fn}
 TIERS = {"hot": (0, 0), "warm": (2, 3), "cold": (5, 6)}  # patterns of keys and values
 MAX_ERROR, RMS_ERROR = 4e-3, 1e-3  # of the output, over its rms
 
@@ -267,7 +269,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tiers", nargs="+", default=["hot", "warm", "cold", "mixed"])
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--no-flashinfer", action="store_true")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     copy = copy_gb_s()
@@ -275,11 +277,11 @@ def main() -> None:
     rows, sweeps = [], {}
     for name in args.shapes:
         shape, tiers = SHAPES[name]
-        peers = {"flashinfer_bf16_us": torch.bfloat16, "flashinfer_fp8_us": torch.float8_e4m3fn}
+        peers = {key: PEERS[key] for key in args.peers}
         dense = {}
         for key, dtype in peers.items():
             try:
-                dense[key] = None if args.no_flashinfer else flashinfer_us(shape, dtype)
+                dense[key] = flashinfer_us(shape, dtype)
             except Exception as error:
                 print(f"{name} {key}: {type(error).__name__} {str(error)[:200]}")
                 dense[key] = None

@@ -343,87 +343,110 @@ def decode_items(
 
 @triton.jit
 def frame_queries(
-    Q, Dual, Centre, Framed, Near, kv_heads, scale,
-    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, COLUMNS: tl.constexpr,
+    Q, Dual, Centre, Framed, Near, batch, kv_heads, scale,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Queries into a key frame; COLUMNS channels of one (row, frame) by every program.
+    """Queries into a key frame: COLUMNS channels of ROWS queries of one KV head by every program.
 
     Q       [batch, kv_heads * G, D]; logits in base 2 are `scale` times q . k
     Dual    float32 [frames, kv_heads, D, D], B; Centre float32 [kv_heads, D]
-    Framed  float32 [frames, rows, G, D], B q; Near float32 [rows, G], q . centre, both in base 2
+    Framed  float32 [frames, batch, kv_heads * G, D], B q, and Near float32 [batch, kv_heads * G],
+            q . centre, both in base 2
     """
-    row = tl.program_id(0)
+    head = tl.program_id(0) % kv_heads
     frame = tl.program_id(2)
-    head = row % kv_heads
-    g = tl.arange(0, GP)
+    m = tl.program_id(0) // kv_heads * ROWS + tl.arange(0, ROWS)
+    known = m < batch * G
+    query = (m // G * kv_heads + head) * G + m % G
     d = tl.arange(0, DP)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (g < G)[:, None] & (d < D)[None, :]
-    q = tl.load(Q + (row * G + g[:, None]) * D + d[None, :], mask=inside, other=0.0)
+    inside = known[:, None] & (d < D)[None, :]
+    q = tl.load(Q + query[:, None] * D + d[None, :], mask=inside, other=0.0)
     q = q.to(tl.float32) * scale
     dual = Dual + (frame * kv_heads + head).to(tl.int64) * (D * D)
     inside = (d < D)[:, None] & (column < D)[None, :]
     turned = tl.load(dual + column[None, :] * D + d[:, None], mask=inside, other=0.0)
     framed = tl.dot(q, turned, input_precision="tf32x3")
-    target = Framed + ((frame * tl.num_programs(0) + row) * G + g[:, None]) * D + column[None, :]
-    tl.store(target, framed, mask=(g < G)[:, None] & (column < D)[None, :])
+    target = Framed + (frame * batch * kv_heads * G + query)[:, None] * D + column[None, :]
+    tl.store(target, framed, mask=known[:, None] & (column < D)[None, :])
     if (frame == 0) & (tl.program_id(1) == 0):
         centre = tl.load(Centre + head * D + d, mask=d < D, other=0.0)
-        tl.store(Near + row * G + g, tl.sum(q * centre[None, :], 1), mask=g < G)
+        tl.store(Near + query, tl.sum(q * centre[None, :], 1), mask=known)
 
 
 @triton.jit
 def merge_items(
-    Partial, Lse, RowItems, RowStart, Dual, Centre, Near, Out, OutLse, kv_heads,
-    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr, FRAMES: tl.constexpr,
+    Partial, Lse, RowItems, RowStart, Near, Merged, OutLse,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr, FRAMES: tl.constexpr,
 ):  # fmt: skip
-    """Items of a row into its attention; COLUMNS channels of one query head by every program.
+    """Items of a row into one sum per frame, one query head by every program.
 
     Partial   float32 [items, 2, G, D]; Lse float32 [items, G], base 2
     RowItems  int32, items by row, then by frame; those of (row, frame) start at RowStart
               int32 [rows * FRAMES + 1]
-    Dual      float32 [frames, kv_heads, D, D], B of the value frames; Centre float32 [kv_heads, D]
-    Out       [batch, kv_heads * G, D]; OutLse float32 [batch, kv_heads * G], natural
+    Merged    float32 [FRAMES, rows * G, D]: what the items of a frame add to the attention
+    OutLse    float32 [rows * G], natural
     """
     query = tl.program_id(0)
     row = query // G
-    head = row % kv_heads
     g = query % G
     n = tl.arange(0, BLOCK)
     d = tl.arange(0, DP)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (d < D)[:, None] & (column < D)[None, :]
-    at_row = RowStart + row * FRAMES
-    top = NONE
-    for i in range(tl.load(at_row), tl.load(at_row + FRAMES), BLOCK):
-        known = i + n < tl.load(at_row + FRAMES)
-        item = tl.load(RowItems + i + n, mask=known, other=0)
-        top = tl.maximum(top, tl.max(tl.load(Lse + item * G + g, mask=known, other=NONE), 0))
-    mass = 0.0
-    out = tl.zeros([COLUMNS], tl.float32)
+    first = tl.load(RowStart + row * FRAMES)
+    end = tl.load(RowStart + (row + 1) * FRAMES)
+    top, mass = NONE, 0.0
+    for i in range(first, end, BLOCK):
+        item = tl.load(RowItems + i + n, mask=i + n < end, other=0)
+        logs = tl.load(Lse + item * G + g, mask=i + n < end, other=-float("inf"))
+        higher = tl.maximum(top, tl.max(logs, 0))
+        mass = mass * tl.exp2(top - higher) + tl.sum(tl.exp2(logs - higher), 0)
+        top = higher
+    total = tl.where(mass > 0, top + tl.log2(mass), 0.0)
     for frame in tl.static_range(FRAMES):
-        start, end = tl.load(at_row + frame), tl.load(at_row + frame + 1)
-        if end > start:
-            dual = Dual + (frame * kv_heads + head).to(tl.int64) * (D * D)
-            dual = tl.load(dual + d[:, None] * D + column[None, :], mask=inside, other=0.0)
-            sums = tl.zeros([DP], tl.float32)
-            for i in range(start, end, BLOCK):
-                known = i + n < end
-                item = tl.load(RowItems + i + n, mask=known, other=0)
-                logs = tl.load(Lse + item * G + g, mask=known, other=-float("inf"))
-                share = tl.exp2(logs - top)
-                at = Partial + (item.to(tl.int64) * 2 * G + g)[:, None] * D + d[None, :]
-                known = known[:, None] & (d < D)[None, :]
-                part = tl.load(at, mask=known, other=0.0)
-                if frame == 1:
-                    part += tl.load(at + G * D, mask=known, other=0.0)
-                mass += tl.sum(share, 0)
-                sums += tl.sum(part * share[:, None], 0)
-            out += tl.sum(sums[:, None] * dual, 0)
+        first = tl.load(RowStart + row * FRAMES + frame)
+        end = tl.load(RowStart + row * FRAMES + frame + 1)
+        sums = tl.zeros([DP], tl.float32)
+        for i in range(first, end, BLOCK):
+            item = tl.load(RowItems + i + n, mask=i + n < end, other=0)
+            logs = tl.load(Lse + item * G + g, mask=i + n < end, other=-float("inf"))
+            at = Partial + (item.to(tl.int64) * 2 * G + g)[:, None] * D + d[None, :]
+            known = (i + n < end)[:, None] & (d < D)[None, :]
+            part = tl.load(at, mask=known, other=0.0)
+            if frame == 1:
+                part += tl.load(at + G * D, mask=known, other=0.0)
+            sums += tl.sum(part * tl.exp2(logs - total)[:, None], 0)
+        tl.store(Merged + (frame * tl.num_programs(0) + query) * D + d, sums, mask=d < D)
+    lse = (total + tl.load(Near + query)) * 0.6931471805599453
+    tl.store(OutLse + query, tl.where(mass > 0, lse, -float("inf")))
+
+
+@triton.jit
+def unframe_sums(
+    Merged, Dual, Centre, OutLse, Out, batch, kv_heads,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    FRAMES: tl.constexpr,
+):  # fmt: skip
+    """Finished sums out of their frames: COLUMNS channels of ROWS queries of one KV head.
+
+    Merged  float32 [FRAMES, batch, kv_heads * G, D]
+    Dual    float32 [FRAMES, kv_heads, D, D], B of the value frames; Centre float32 [kv_heads, D]
+    Out     [batch, kv_heads * G, D]; zero where OutLse float32 [batch, kv_heads * G] is -inf
+    """
+    head = tl.program_id(0) % kv_heads
+    m = tl.program_id(0) // kv_heads * ROWS + tl.arange(0, ROWS)
+    known = m < batch * G
+    query = (m // G * kv_heads + head) * G + m % G
+    d = tl.arange(0, DP)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    some = tl.load(OutLse + query, mask=known, other=-float("inf")) > -float("inf")
     centre = tl.load(Centre + head * D + column, mask=column < D, other=0.0)
-    out = tl.where(mass > 0, out / tl.where(mass > 0, mass, 1.0) + centre, 0.0)
-    tl.store(Out + query * D + column, out.to(Out.dtype.element_ty), mask=column < D)
-    if tl.program_id(1) == 0:
-        lse = (top + tl.log2(mass) + tl.load(Near + query)) * 0.6931471805599453
-        tl.store(OutLse + query, tl.where(mass > 0, lse, -float("inf")))
+    out = tl.where(some[:, None], centre[None, :], 0.0)
+    for frame in tl.static_range(FRAMES):
+        at = Merged + (frame * batch * kv_heads * G + query)[:, None] * D + d[None, :]
+        sums = tl.load(at, mask=known[:, None] & (d < D)[None, :], other=0.0)
+        at = Dual + (frame * kv_heads + head).to(tl.int64) * (D * D)
+        at += d[:, None] * D + column[None, :]
+        dual = tl.load(at, mask=(d < D)[:, None] & (column < D)[None, :], other=0.0)
+        out = tl.dot(sums, dual, out, input_precision="tf32x3")
+    target = Out + query[:, None] * D + column[None, :]
+    tl.store(target, out.to(Out.dtype.element_ty), mask=known[:, None] & (column < D)[None, :])

@@ -17,7 +17,7 @@ import triton
 
 from ..codec.patterns import FrameKind
 from ..codec.slices import SliceLayout
-from .kernel import decode_items, frame_queries, merge_items
+from .kernel import decode_items, frame_queries, merge_items, unframe_sums
 
 FRAMES = (FrameKind.HOT, FrameKind.CALIBRATED)
 """Order of the frames in every table."""
@@ -44,7 +44,10 @@ class Tuning:
     registers: int | None = None
 
 
-DEFAULT_TUNING = Tuning(items=924, stages=8, warps=1)
+# Best of the sweeps in docs/kernels.md, for 132 multiprocessors: 4 or 8 programs on each.
+HOT_TUNING = Tuning(items=528, stages=8, warps=1)
+TUNING = Tuning(items=1056, stages=6, warps=1)
+WIDE_TUNING = Tuning(items=528, stages=6, warps=2)
 
 
 @dataclass(frozen=True)
@@ -104,14 +107,13 @@ class DecodeFrames:
 
 
 def tuning_for(keys: SliceLayout) -> Tuning:
-    """The measured tuning for pages like these."""
-    del keys
-    return DEFAULT_TUNING
+    """The measured tuning for batches that mostly read pages like these."""
+    if not keys.calibrated:
+        return HOT_TUNING
+    return WIDE_TUNING if keys.head_dim > 128 else TUNING
 
 
-def plan_decode(
-    groups: Sequence[EntryGroup], rows: int, tuning: Tuning = DEFAULT_TUNING
-) -> DecodePlan:
+def plan_decode(groups: Sequence[EntryGroup], rows: int, tuning: Tuning = TUNING) -> DecodePlan:
     """Cuts the entries of every group into items of about equal length."""
     device = groups[0].row_of.device
     items, frames, ranges, done = [], [], [], 0
@@ -188,18 +190,20 @@ def run_decode(
             f"q: expected {plan.rows} rows of at most {MAX_GROUP} heads per KV head, got "
             f"{list(q.shape)} over {kv_heads} KV heads"
         )
-    device, padded, width = q.device, 8 if group <= 8 else 16, max(16, _power_of_two(d))
+    device, width = q.device, max(16, _power_of_two(d))
     f32: dict[str, Any] = {"dtype": torch.float32, "device": device}
-    framed = torch.empty(len(FRAMES), plan.rows, group, d, **f32)
-    near = torch.empty(plan.rows, group, **f32)
+    framed = torch.empty(len(FRAMES), batch, heads, d, **f32)
+    near = torch.empty(batch, heads, **f32)
     partial = torch.empty(len(plan.items), 2, group, d, **f32)
     partial_lse = torch.empty(len(plan.items), group, **f32)
+    merged = torch.empty_like(framed)
     out, lse = torch.empty_like(q), torch.empty(batch, heads, **f32)
-    columns = min(width, 32)
-    parts = -(-d // columns)
-    frame_queries[plan.rows, parts, len(FRAMES)](
-        q.contiguous(), frames.key_duals, frames.key_centre, framed, near, kv_heads,
-        scale * _LOG2_E, D=d, DP=width, G=group, GP=padded, COLUMNS=columns,
+    tile: dict[str, Any] = {"D": d, "DP": width, "G": group}
+    blocks = {"ROWS": 16 if batch * group <= 16 else 32, "COLUMNS": min(width, 32)}
+    grid = -(-batch * group // blocks["ROWS"]) * kv_heads, -(-d // blocks["COLUMNS"])
+    frame_queries[*grid, len(FRAMES)](
+        q.contiguous(), frames.key_duals, frames.key_centre, framed, near, batch, kv_heads,
+        scale * _LOG2_E, **tile, **blocks,
     )  # fmt: skip
     words = arena.view(torch.int16)
     for part, addresses in zip(plan.ranges, entries, strict=True):
@@ -210,10 +214,13 @@ def run_decode(
             STAGES=plan.tuning.stages, PTX=_has_ptx(device), num_warps=plan.tuning.warps,
             maxnreg=plan.tuning.registers,
         )  # fmt: skip
-    merge_items[plan.rows * group, parts](
-        partial, partial_lse, plan.row_items, plan.row_start, frames.value_duals,
-        frames.value_centre, near, out, lse, kv_heads,
-        D=d, DP=width, G=group, COLUMNS=columns, BLOCK=16, FRAMES=len(FRAMES), num_warps=2,
+    merge_items[(batch * heads,)](
+        partial, partial_lse, plan.row_items, plan.row_start, near, merged, lse, **tile, BLOCK=16,
+        FRAMES=len(FRAMES),
+    )  # fmt: skip
+    unframe_sums[grid](
+        merged, frames.value_duals, frames.value_centre, lse, out, batch, kv_heads,
+        **tile, **blocks, FRAMES=len(FRAMES),
     )  # fmt: skip
     return out, lse
 
