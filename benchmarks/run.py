@@ -332,6 +332,7 @@ def measure(
 def save(path: Path | None, copy: float, rows: list[object], sweeps: dict[str, object]) -> None:
     if path is None:
         return
+    shown = [path.name if argument == str(path) else argument for argument in sys.argv[1:]]
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions["triton"] = triton.__version__
     if "flashinfer" in sys.modules:
@@ -339,7 +340,7 @@ def save(path: Path | None, copy: float, rows: list[object], sweeps: dict[str, o
     found = {
         "device": torch.cuda.get_device_name(),
         "copy_gb_s": copy,
-        "command": "PYTHONPATH=kernels python " + shlex.join(sys.argv),
+        "command": "PYTHONPATH=kernels python benchmarks/run.py " + shlex.join(shown),
         "versions": versions,
         "rows": rows,
     }
