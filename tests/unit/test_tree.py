@@ -711,6 +711,16 @@ class Serving(RuleBasedStateMachine):
             node = node.parent
         return found
 
+    def read_hot(self, req: Request) -> set[int]:
+        """Pages that other requests read hot: all of a prompt under way, the newest of the rest."""
+        pages: set[int] = set()
+        for other in self.cache.requests:
+            if other is not req and id(other) in self.cache.tree.held_hot:
+                newest = len(other.origin_input_ids) - self.cache.tree.recent_tokens
+                first = max(0, newest) // PAGE if other.prefilled else 0
+                pages |= {page for page, _ in self.page_levels(other)[first:]}
+        return pages
+
     def check_settled(self, req: Request, locked: dict[int, int], cached: set[int]) -> None:
         """At the end of a prompt its old pages have the budget; its newest are as they were.
 
@@ -724,7 +734,7 @@ class Serving(RuleBasedStateMachine):
         for place, (page, level) in enumerate(self.page_levels(req)):
             if place < SINK_PAGES:
                 assert level == 0, "sinks stay hot"
-            elif settles and place < end_page:
+            elif settles and place < end_page and page not in self.read_hot(req):
                 assert level >= tree.budget
             elif page in locked or page not in cached:
                 assert level == locked.get(page, 0)
