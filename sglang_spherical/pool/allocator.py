@@ -3,7 +3,8 @@ equivalents.
 
 Request-owned pages are hot and own H blocks. Pages owned by the radix tree may own fewer. Two free
 lists, of page ids and of blocks, are device tensors whose lengths are known on the host, so that no
-call waits for the device. `available_size() >= n` implies that a page-aligned alloc of n succeeds.
+call waits for the device. `available_size() >= n` implies that a page-aligned alloc of n succeeds,
+because a page's blocks never exceed what it costs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):
 
     free_pages    int64, ids of unused logical pages
     free_blocks   int32, blocks no page owns
+    free_tokens   the capacity that no page costs, in hot-token equivalents
     """
 
     def __init__(self, pool: SphericalKVPool, need_sort: bool = False) -> None:
@@ -42,11 +44,12 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):
         self.free_blocks = torch.arange(
             first, first + arena.num_blocks, dtype=torch.int32, device=self.device
         )
+        self.free_tokens = self.pool.size
         self.pool.forget()
 
     def available_size(self) -> int:
         """Free memory in hot-token equivalents."""
-        return len(self.free_blocks) * self.pool.layout.unit_tokens
+        return self.free_tokens
 
     def pages_in_use(self) -> torch.Tensor:
         """Ids of pages that own blocks, int64, page 0 left out. Waits for the device: not for hot
@@ -104,18 +107,21 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):
         owned = self.pool.layout.blocks[level]
         blocks = self.pool.arena.page_blocks[pages, :owned].flatten()
         self.free_blocks = torch.cat((blocks, self.free_blocks))
+        self.free_tokens += len(pages) * self.pool.layout.cost_tokens[level]
         super()._release_page_ids(pages)
 
     def lower(self, pages: torch.Tensor, old: int, new: int) -> None:
         """Re-encodes tree-owned full pages int64 [n] from level `old` to a coarser `new`."""
-        blocks = self.pool.lower(pages, old, new)
+        blocks, cost = self.pool.lower(pages, old, new), self.pool.layout.cost_tokens
         self.free_blocks = torch.cat((blocks, self.free_blocks))
+        self.free_tokens += len(pages) * (cost[old] - cost[new])
 
     def _take_pages(self, count: int) -> torch.Tensor | None:
         """Ids [count] of new hot pages, placed on blocks; None when memory is short."""
-        blocks = count * self.pool.layout.hot_blocks
-        if blocks > len(self.free_blocks):
+        if count * self.page_size > self.free_tokens:
             return None
+        blocks = count * self.pool.layout.hot_blocks
+        self.free_tokens -= count * self.page_size
         if count > len(self.free_pages):
             self.merge_and_sort_free()
         pages, self.free_pages = self.free_pages[:count], self.free_pages[count:]

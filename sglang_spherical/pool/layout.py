@@ -2,26 +2,29 @@
 
 The arena is cut into equal blocks. A page (all layers and KV heads of this rank) at a level owns
 n(level) whole blocks; its slices, keys and values of every (layer, head) in order, are packed into
-them and never straddle a block. A hot page owns H blocks and H divides the page size, so that a
-page at any level costs an integer number of hot-token equivalents and free memory is one count.
+them and never straddle a block. A hot page owns H blocks and costs page_size hot-token equivalents,
+a page of n blocks n / H of that, rounded up to a whole number: memory is counted in these, and what
+the count has free is always there in blocks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 
 from sglang_spherical.config import SphericalConfig
 from sglang_spherical.errors import StartupError
 from spherical_kernels.codec.patterns import PATTERN_ID, FrameKind, Pattern
-from spherical_kernels.codec.slices import ALIGNMENT, SliceLayout, slice_layout
+from spherical_kernels.codec.slices import ALIGNMENT, SliceLayout, slice_alignment, slice_layout
 
 # Places of a descriptor's fields, low bits first. The sign bit stays clear.
 PATTERN_BITS, SLOT_BITS, OFFSET_BITS = 4, 6, 21
 SLACK = 1.08  # how much larger than needed for hot pages a block may be made for the others' sake
 CANDIDATES = 48  # block sizes tried for every H
+MOST_BLOCKS = 1 << SLOT_BITS  # of a page
+LOWER_WEIGHT = 2.0  # of a lower level's waste beside hot's: most of a full cache is lowered
 SIDES = 2  # keys, values
 
 
@@ -40,8 +43,8 @@ class PageLayout:
 
     levels         finest first; level 0 is hot
     slices         layers * kv_heads of this rank
-    hot_blocks     H, blocks of a hot page; divides page_size
-    block_bytes    bytes of a block, a multiple of `ALIGNMENT`
+    hot_blocks     H, blocks of a hot page
+    block_bytes    bytes of a block, a multiple of what slices are aligned to
     """
 
     page_size: int
@@ -53,6 +56,7 @@ class PageLayout:
     block_bytes: int
 
     @classmethod
+    @cache
     def fit(
         cls, page_size: int, head_dim: int, layers: int, kv_heads: int, levels: tuple[Level, ...]
     ) -> PageLayout:
@@ -62,13 +66,13 @@ class PageLayout:
         level to the next.
         """
         best: tuple[float, PageLayout] | None = None
-        for hot_blocks in (h for h in range(1, page_size + 1) if page_size % h == 0):
-            sides = [level_sides(level, page_size, head_dim) for level in levels]
+        sides = [level_sides(level, page_size, head_dim) for level in levels]
+        for hot_blocks in range(1, MOST_BLOCKS + 1):
             for block_bytes in _block_sizes(sides, layers * kv_heads, hot_blocks):
                 layout = cls(page_size, head_dim, layers, kv_heads, levels, hot_blocks, block_bytes)
                 if block_bytes // ALIGNMENT >> OFFSET_BITS or not layout._fits(hot_blocks):
                     continue
-                waste = layout.relative_size()
+                waste = layout.waste()
                 if best is None or waste < best[0]:
                     best = waste, layout
         if best is None:
@@ -89,15 +93,10 @@ class PageLayout:
         """Blocks of a page, by level."""
         return tuple(max(block for block, _ in places) + 1 for places in self._places)
 
-    @property
-    def unit_tokens(self) -> int:
-        """Hot-token equivalents of one block."""
-        return self.page_size // self.hot_blocks
-
     @cached_property
     def cost_tokens(self) -> tuple[int, ...]:
         """Hot-token equivalents of a page, by level; `page_size` at level 0."""
-        return tuple(blocks * self.unit_tokens for blocks in self.blocks)
+        return tuple(-(-blocks * self.page_size // self.hot_blocks) for blocks in self.blocks)
 
     def finest_of_cost(self, level: int) -> int:
         """The finest level whose pages cost what those of `level` do: small pages round up."""
@@ -131,13 +130,15 @@ class PageLayout:
         """Slice layouts of keys and values at a level."""
         return level_sides(self.levels[level], self.page_size, self.head_dim)
 
-    def relative_size(self) -> float:
-        """Page bytes over the bytes of their slices, averaged over the levels."""
-        ratios = []
-        for level, blocks in enumerate(self.blocks):
+    def waste(self) -> float:
+        """What pages cost over the bytes of their slices, summed over the levels by weight."""
+        total, unit = 0.0, self.hot_blocks * self.block_bytes / self.page_size
+        for level, (blocks, cost) in enumerate(zip(self.blocks, self.cost_tokens)):
             pair = sum(side.size_bytes for side in self.side_layouts(level))
-            ratios.append(blocks * self.block_bytes / (self.layers * self.kv_heads * pair))
-        return sum(ratios) / len(ratios)
+            counted = (blocks * self.block_bytes + cost * unit) / 2
+            ratio = counted / (self.layers * self.kv_heads * pair) - 1
+            total += ratio * (LOWER_WEIGHT if level else 1.0)
+        return total
 
     @cached_property
     def _places(self) -> tuple[list[tuple[int, int]], ...]:
@@ -190,8 +191,11 @@ def _block_sizes(
     if needed < max(side.size_bytes for pair in layouts for side in pair):
         return []
     top = int(needed * SLACK)
-    step = max(ALIGNMENT, (top - needed) // CANDIDATES // ALIGNMENT * ALIGNMENT)
-    fitted = {side.size_bytes * (top // side.size_bytes) for pair in layouts for side in pair}
+    unit = slice_alignment(layouts[0][0].head_dim)
+    step = max(unit, (top - needed) // CANDIDATES // unit * unit)
+    sizes = [side.size_bytes for pair in layouts for side in pair]
+    sizes += [keys.size_bytes + values.size_bytes for keys, values in layouts]
+    fitted = {size * (top // size) for size in sizes}
     return sorted({n for n in fitted if n >= needed} | set(range(needed, top + 1, step)))
 
 

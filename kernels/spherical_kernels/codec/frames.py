@@ -21,6 +21,10 @@ import torch
 from .patterns import BANDS
 
 _EPSILON = 1e-6
+_SMALLEST_SPREAD = 0.02
+"""Of a head's rms: what the hot codes' own error lends to a channel that never varies. Below it a
+band would outgrow the others' radii."""
+
 _SEED = 0x5EED
 
 
@@ -46,12 +50,16 @@ def calibrated_frame(gain: torch.Tensor, spread: torch.Tensor) -> tuple[torch.Te
     gain    [heads, d]  rms of what multiplies an error in each channel (the query, for keys)
     spread  [heads, d]  rms of the channel around its page's centroid
     Returns A and its dual B, both [heads, d, d] float32. A channel's weight sqrt(gain / spread)
-    minimises the error at equal bits; its importance gain * spread orders the channels.
+    minimises the error at equal bits; its importance gain * spread orders the channels. Every band
+    is then brought to a spread of one per channel, so that one unit serves the radii of all bands.
     """
     heads, d = gain.shape
-    weight = ((gain + _EPSILON) / (spread + _EPSILON)).sqrt()
-    weight = weight / weight.log().mean(-1, keepdim=True).exp()  # keeps radii near the data's scale
+    floor = spread.square().mean(-1, keepdim=True).sqrt() * _SMALLEST_SPREAD
+    gain, spread = gain + _EPSILON, spread.maximum(floor) + _EPSILON
     order = torch.argsort(gain * spread, dim=-1, descending=True, stable=True)
+    importance = (gain * spread).gather(-1, order).unflatten(-1, (BANDS, -1))
+    band_spread = importance.mean(-1, keepdim=True).sqrt().expand_as(importance).flatten(1)
+    weight = (gain / spread).sqrt() / torch.empty_like(gain).scatter_(-1, order, band_spread)
     rotation = torch.block_diag(*[signed_hadamard(d // BANDS)] * BANDS).to(gain.device)
     sort = torch.zeros(heads, d, d, device=gain.device)
     sort.scatter_(2, order.unsqueeze(-1), 1.0)  # row i picks channel order[i]

@@ -1,10 +1,11 @@
-"""Tokens to slices and back: directions become angle codes, radii are fitted to the codes.
+"""Tokens to slices and back: directions become angle codes, their lengths radii.
 
 A direction u (one token in one band) is coded on the half-integer grid: level = code - (2**b -
-1)/2.
-The stored radius is the scalar that fits radius * level best to the token, so the step of the grid
-is the encoder's free choice: it tries several and keeps the one with the smallest error. Decoding
-never sees the step.
+1)/2. The step of the grid is the encoder's free choice, decoding sees radius * level only.
+
+hot          the step that clips nothing, then the float16 radius that fits the codes best.
+calibrated   the 4-bit radius first, then the codes that are best with it as it is stored: the
+             nearest to the step of a normal distribution and its neighbours are tried.
 """
 
 from __future__ import annotations
@@ -13,21 +14,23 @@ from functools import cache
 
 import torch
 
-from .patterns import BANDS
-from .radii import decode_radii, encode_radii
-from .slices import SCALES, SliceLayout, read_codes, write_codes
+from .radii import CODES, LARGEST_RADIUS, nearest_codes, pack_radii, radius_table, unpack_radii
+from .slices import CENTROID, SCALES, UNIT, SliceLayout, read_codes, write_codes
 
-GAUSSIAN_STEP = {2: 0.9957, 4: 0.3352, 6: 0.1041}
-"""Best uniform step for a unit normal, in standard deviations (Max 1960)."""
+GAUSSIAN_STEP = {0: 0.0, 2: 0.9957, 4: 0.3352, 6: 0.1041, 8: 0.0308}
+"""Best uniform step for a unit normal, in standard deviations (Max 1960; 8 bits: by search)."""
 
-STEP_FACTORS = (0.7, 0.85, 1.0, 1.15, 1.3)
-"""Steps tried around the Gaussian one."""
+NEIGHBOURS = (-2, -1, 0, 1, 2)
+"""Radius codes tried around the one that is nearest to the Gaussian step."""
+
+HEADROOM = 2.0 ** (1 / 3)
+"""The largest radius over the largest rms of a slice: room above it for a wider step."""
 
 _SMALLEST_SCALE = 2.0**-24  # of float16, subnormal: a scale is this or zero
 
 
 def code_directions(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantises the rows of y [..., w] to `bits` bits.
+    """Quantises the rows of y [..., w] to `bits` bits; nothing is clipped.
 
     Returns codes uint8 [..., w] and radii float32 [..., 1] >= 0: y is about radius * level(code).
     A zero row has radius zero. NaN or infinity in a row makes its radius NaN, which attention
@@ -35,25 +38,53 @@ def code_directions(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Ten
     """
     half = 2 ** (bits - 1)
     peak = y.abs().amax(-1, keepdim=True)
-    steps = [peak / (half - 0.5)]  # nothing is clipped
-    if bits in GAUSSIAN_STEP:
-        rms = y.square().mean(-1, keepdim=True).sqrt()
-        steps += [rms * (GAUSSIAN_STEP[bits] * factor) for factor in STEP_FACTORS]
-    best_gain = best_level = best_radius = torch.empty(0)
-    for step in steps:
-        level = torch.floor(y / step.clamp_min(torch.finfo(torch.float32).tiny))
-        level = level.nan_to_num(0.0).clamp(-half, half - 1) + 0.5
-        fit, norm = (y * level).sum(-1, keepdim=True), level.square().sum(-1, keepdim=True)
-        gain = fit.square() / norm  # squared length explained
-        if best_gain.numel() == 0:
-            best_gain, best_level, best_radius = gain, level, fit / norm
-            continue
-        better = gain > best_gain
-        best_gain = torch.where(better, gain, best_gain)
-        best_level = torch.where(better, level, best_level)
-        best_radius = torch.where(better, fit / norm, best_radius)
-    best_radius = best_radius + 0.0 * peak  # an infinite row fits nothing: say NaN
-    return (best_level + (half - 0.5)).to(torch.uint8), best_radius
+    level = _levels(y, peak / (half - 0.5), half)
+    radius = (y * level).sum(-1, keepdim=True) / level.square().sum(-1, keepdim=True)
+    radius = radius + 0.0 * peak  # an infinite row fits nothing: say NaN
+    return (level + (half - 0.5)).to(torch.uint8), radius
+
+
+def code_banded(
+    y: torch.Tensor, pattern_bits: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantises slices y [n, bands, page_size, band_width] of a calibrated frame.
+
+    Returns codes uint8 like y, radius codes int64 [n, bands, page_size], and the unit of the radii
+    float32 [n], as float16 holds it: y is about unit * radius * step(bits) * level(code). NaN or
+    infinity makes the unit NaN.
+    """
+    step = steps_of(pattern_bits, y.device)
+    half = torch.tensor([2.0 ** (bits - 1) for bits in pattern_bits], device=y.device)
+    half = half.view(-1, 1, 1)
+    spread = y.square().mean(-1) * (step.squeeze(-1) > 0)  # bands without bits ask for no radius
+    spread = spread.sqrt()
+    unit = (spread.amax((1, 2)) * (HEADROOM / LARGEST_RADIUS)).half().float()
+    divisor = unit.clamp_min(_SMALLEST_SCALE).view(-1, 1, 1)
+    centre, table = nearest_codes(spread / divisor), radius_table(y.device)
+    best, least = torch.zeros_like(centre), y.square().sum(-1)
+    levels = half.expand_as(y) * 0 + 0.5
+    for neighbour in NEIGHBOURS:
+        code = (centre + neighbour).clamp(1, CODES - 1)
+        radius = (table[code] * divisor).unsqueeze(-1) * step
+        tried = _levels(y, radius, half)
+        error = (y - radius * tried).square().sum(-1)
+        better = error < least
+        best, least = torch.where(better, code, best), torch.where(better, error, least)
+        levels = torch.where(better.unsqueeze(-1), tried, levels)
+    return (levels + (half - 0.5)).to(torch.uint8), best, unit
+
+
+def _levels(y: torch.Tensor, step: torch.Tensor, half: torch.Tensor | int) -> torch.Tensor:
+    """The nearest half-integer levels within (-half, half)."""
+    level = torch.floor(y / step.clamp_min(torch.finfo(torch.float32).tiny)).nan_to_num(0.0)
+    half = torch.as_tensor(half, dtype=level.dtype, device=level.device)
+    return torch.minimum(torch.maximum(level, -half), half - 1) + 0.5
+
+
+@cache
+def steps_of(pattern_bits: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
+    """The step of a radius of one unit, by band: float32 [bands, 1, 1], zero without bits."""
+    return torch.tensor([GAUSSIAN_STEP[b] for b in pattern_bits], device=device).view(-1, 1, 1)
 
 
 @cache
@@ -85,15 +116,20 @@ def encode_slices(
     y = (x - centre.unsqueeze(1)) @ matrix.transpose(-1, -2)
     if layout.calibrated:
         y = y - write_centroids(layout, slices, y.mean(1)).unsqueeze(1)
-    banded = split_bands(layout, y)
-    codes = torch.zeros(banded.shape, dtype=torch.uint8, device=y.device)
-    radii = []
-    for band in layout.pattern.coded_bands:
-        codes[:, band], radius = code_directions(banded[:, band], layout.pattern.bits[band])
-        radii.append(radius.squeeze(-1))
-    write_radii(layout, slices, torch.stack(radii, 1))
+        codes, radii, unit = code_banded(split_bands(layout, y), layout.pattern.bits)
+        _scales(layout, slices)[:, UNIT] = unit
+        _radius_words(layout, slices).copy_(pack_radii(radii.transpose(1, 2)))
+    else:
+        codes, radius = code_directions(split_bands(layout, y), layout.pattern.bits[0])
+        _radius_words(layout, slices).view(torch.float16).copy_(radius.flatten(1))
     write_codes(layout, slices, codes)
     return slices
+
+
+def _radius_words(layout: SliceLayout, slices: torch.Tensor) -> torch.Tensor:
+    """The radii's words as a view int16 [n, page_size] of slices uint8 [n, size_bytes]."""
+    start = layout.radii_offset_bytes // 2
+    return slices.view(torch.int16)[:, start : start + layout.page_size]
 
 
 def _scales(layout: SliceLayout, slices: torch.Tensor) -> torch.Tensor:
@@ -108,46 +144,26 @@ def write_centroids(
     """Codes centroids [n, d] (frame coordinates) into slices, in place; returns them as stored."""
     codes, radii = code_directions(centroids, 8)
     slices[:, : layout.head_dim] = codes
-    _scales(layout, slices)[:, BANDS] = radii.squeeze(-1)
+    _scales(layout, slices)[:, CENTROID] = radii.squeeze(-1)
     return read_centroids(layout, slices)
 
 
 def read_centroids(layout: SliceLayout, slices: torch.Tensor) -> torch.Tensor:
     """Page centroids float32 [n, d], in frame coordinates, of calibrated slices."""
-    radii = _scales(layout, slices)[:, BANDS].float().unsqueeze(-1)
+    radii = _scales(layout, slices)[:, CENTROID].float().unsqueeze(-1)
     return (slices[:, : layout.head_dim].float() - 127.5) * radii
 
 
-def write_radii(layout: SliceLayout, slices: torch.Tensor, radii: torch.Tensor) -> None:
-    """radii float32 [n, coded bands, page_size] into slices uint8 [n, size_bytes], in place."""
-    start, end = layout.radii_offset_bytes, layout.radii_offset_bytes + layout.radii_bytes
-    if not layout.calibrated:
-        slices[:, start:end] = radii.squeeze(1).half().view(torch.uint8)
-        return
-    scale = radii.amax(-1).half()
-    _scales(layout, slices)[:, list(layout.pattern.coded_bands)] = scale
-    divisor = scale.float().clamp_min(_SMALLEST_SCALE).unsqueeze(-1)
-    codes = encode_radii(radii.nan_to_num(0.0), divisor)
-    words = slices[:, start:end].unflatten(-1, (layout.page_size, layout.bands))
-    words[..., list(layout.pattern.coded_bands)] = codes.transpose(1, 2)
-
-
 def read_radii(layout: SliceLayout, slices: torch.Tensor) -> torch.Tensor:
-    """Radii float32 [n, bands, page_size] of slices uint8 [n, size_bytes]; zero in uncoded
-    bands."""
-    start, end = layout.radii_offset_bytes, layout.radii_offset_bytes + layout.radii_bytes
+    """What multiplies the levels: float32 [n, bands, page_size] of slices uint8 [n, size_bytes];
+    zero in uncoded bands."""
+    words = _radius_words(layout, slices)
     if not layout.calibrated:
-        return slices.view(torch.float16)[:, start // 2 : end // 2].float().unsqueeze(1)
-    coded = list(layout.pattern.coded_bands)
-    words = slices[:, start:end].unflatten(-1, (layout.page_size, layout.bands))
-    radii = decode_radii(
-        words[..., coded].transpose(1, 2), _scales(layout, slices)[:, coded].float().unsqueeze(-1)
-    )
-    if len(coded) == layout.bands:
-        return radii
-    every = radii.new_zeros(len(slices), layout.bands, layout.page_size)
-    every[:, coded] = radii
-    return every
+        return words.view(torch.float16).float().unsqueeze(1)
+    table = radius_table(slices.device)
+    radii = table[unpack_radii(words, layout.bands)].transpose(1, 2)
+    unit = _scales(layout, slices)[:, UNIT].float().view(-1, 1, 1)
+    return radii * (unit * steps_of(layout.pattern.bits, slices.device).squeeze(-1))
 
 
 def decode_slices(

@@ -1,27 +1,47 @@
-"""8-bit radii: an unsigned floating-point number of 4 exponent and 4 mantissa bits times a scale.
+"""4-bit radii: an unsigned floating-point number of 2 exponent and 2 mantissa bits times a unit.
 
-One scale per slice and band is the largest radius. Codes reach 2**-14 of it with a relative error
-of at most 1/32; below lie even steps of 2**-18, down to zero. The code is a piece of a float32:
-decoding is a shift and a multiplication, no table and no exponential.
+One unit per slice serves all bands, because a calibrated frame brings every band to the same spread.
+A code stands for 0 to 7 units, in quarters below 2. It is a piece of a float32: decoding is a shift,
+a mask and a multiplication, no table and no exponential. The four radii of a token are one 16-bit
+word.
 """
 
 from __future__ import annotations
 
 import torch
 
-_MANTISSA_BITS = 4
-_BIAS = 15  # exponent code 15 stands for 2**0; 0 for subnormal numbers in steps of 2**-18
+RADIUS_BITS = 4
+CODES = 1 << RADIUS_BITS
+
+RADIUS_SHIFT = 21
+"""Where a code lies in the float32 that it is a piece of: the mantissa's upper two bits."""
+
+RADIUS_UNIT = 2.0**126
+"""What that float32 is to be multiplied by: code 4 stands for one unit."""
+
+LARGEST_RADIUS = 7.0
+"""Units that the last code stands for."""
 
 
-def encode_radii(radii: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """radii float32 >= 0 and scale > 0, broadcast against each other -> codes uint8."""
-    relative = (radii / scale).clamp(0.0, 1.0)
-    exponent = torch.frexp(relative.clamp_min(2.0 ** (1 - _BIAS))).exponent - 1
-    steps = torch.round(torch.ldexp(relative, _MANTISSA_BITS - exponent)).int()
-    return ((exponent + _BIAS - 1) * 2**_MANTISSA_BITS + steps).to(torch.uint8)
+def radius_table(device: torch.device | str = "cpu") -> torch.Tensor:
+    """What each code stands for, in units: float32 [16], ascending."""
+    bits = torch.arange(CODES, dtype=torch.int32, device=device) << RADIUS_SHIFT
+    return bits.view(torch.float32) * RADIUS_UNIT
 
 
-def decode_radii(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """codes uint8 -> float32 radii."""
-    bits = codes.int() << (23 - _MANTISSA_BITS)
-    return bits.view(torch.float32) * 2.0 ** (127 - _BIAS) * scale
+def nearest_codes(radii: torch.Tensor) -> torch.Tensor:
+    """radii float32 >= 0, in units -> codes int64."""
+    table = radius_table(radii.device)
+    return torch.bucketize(radii, (table[1:] + table[:-1]) / 2)
+
+
+def pack_radii(codes: torch.Tensor) -> torch.Tensor:
+    """codes [..., 4 bands] -> words int16 [...], the first band in the low bits."""
+    places = torch.arange(codes.shape[-1], device=codes.device) * RADIUS_BITS
+    return (codes.int() << places).sum(-1).to(torch.int16)
+
+
+def unpack_radii(words: torch.Tensor, bands: int) -> torch.Tensor:
+    """words int16 [...] -> codes int64 [..., bands]; the inverse of `pack_radii`."""
+    places = torch.arange(bands, device=words.device) * RADIUS_BITS
+    return words.long().unsqueeze(-1) >> places & (CODES - 1)

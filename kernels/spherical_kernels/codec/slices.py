@@ -1,11 +1,11 @@
 """The bytes of one slice: what a (page, layer, KV head) holds of its keys, or of its values.
 
     HOT          | radii fp16 [page_size] | tiles |
-    CALIBRATED   | centroid u8 [d] | scales fp16 [8] | radii u8 [page_size, bands] | tiles |
+    CALIBRATED   | centroid u8 [d] | scales fp16 [8] | radii u16 [page_size] | tiles |
 
-The centroid is an 8-bit angle code in the slice's own frame. `scales` holds the largest radius of
-each band, then the centroid's radius; the rest is zero. The radii of a token are one 32-bit word;
-a band without codes has zeros there.
+The centroid is an 8-bit angle code in the slice's own frame. `scales` holds the unit of the radii,
+then the centroid's radius; the rest is zero. The radii of a token are one 16-bit word of 4 bits per
+band (radii.py); a band without codes has zeros there.
 
 A tile is [page_size, row_bytes]. In a full tile a byte holds digits of one channel position of
 several bands, 8 bits together, the first in the highest bits: one mask takes a whole band out, and
@@ -24,10 +24,23 @@ import torch
 from .patterns import DIGITS, FrameKind, Pattern
 
 SCALES = 8
-"""float16 scales in the header of a calibrated slice: one per band, the centroid's, padding."""
+"""float16 numbers in the header of a calibrated slice: of the radii, of the centroid, padding."""
+
+UNIT, CENTROID = 0, 1
+"""Places among them of the unit of the radii and of the centroid's radius."""
 
 ALIGNMENT = 16
 """Slices start, and their sections lie, at multiples of this many bytes."""
+
+WIDE_HEAD_DIM = 128
+"""From this head dimension on slices start at multiples of 32 bytes, the pieces in which a GPU reads
+its memory; padding smaller ones would cost more than it gains."""
+
+
+def slice_alignment(head_dim: int) -> int:
+    """What the size of every slice is a multiple of, in bytes."""
+    return 2 * ALIGNMENT if head_dim >= WIDE_HEAD_DIM else ALIGNMENT
+
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,8 @@ class SliceLayout:
 
     @property
     def radii_bytes(self) -> int:
-        return (self.bands if self.calibrated else 2) * self.page_size
+        """A 16-bit word per token: a float16, or the bands' 4-bit radii."""
+        return 2 * self.page_size
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
@@ -122,10 +136,10 @@ class SliceLayout:
 
     @cached_property
     def size_bytes(self) -> int:
-        """All of the slice, padded to `ALIGNMENT`."""
-        last = self.tiles[-1]
+        """All of the slice, padded to `slice_alignment`."""
+        last, unit = self.tiles[-1], slice_alignment(self.head_dim)
         end = last.offset_bytes + last.row_bytes * self.page_size
-        return -(-end // ALIGNMENT) * ALIGNMENT
+        return -(-end // unit) * unit
 
 
 @cache
