@@ -1,0 +1,118 @@
+"""Pages of every request sorted by kind, then cut into items of about equal length.
+
+A *run* is the pages of one request and one kind; runs are numbered request * KP + kind. `Runs` has
+four int32 numbers per run in planes of `runs` numbers: pages, first page, valid tokens of the last
+page, and the first item after those of the run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sort_pages(
+    ReqToToken, Slots, Lengths, PageLevel, Pages, Runs, stride, max_pages, runs,
+    PAGE: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One request per program: its pages in order of kind, stable, and its runs.
+
+    ReqToToken  int32 [slots, stride], token locations
+    Slots       int [batch], Lengths int [batch]
+    PageLevel   uint8 [num_pages], the kind of each page
+    Pages       int32 [max_batch, max_pages]
+    KP          kinds, a power of two
+    """
+    request = tl.program_id(0)
+    length = tl.load(Lengths + request).to(tl.int32)
+    count = tl.minimum((length + PAGE - 1) // PAGE, max_pages)
+    row = ReqToToken + tl.load(Slots + request).to(tl.int64) * stride
+    kinds = tl.arange(0, KP)
+    step = tl.arange(0, BLOCK)
+
+    total = tl.zeros([KP], tl.int32)
+    for start in range(0, count, BLOCK):
+        index = start + step
+        page = tl.load(row + index * PAGE, mask=index < count, other=0) // PAGE
+        level = tl.load(PageLevel + page, mask=index < count, other=KP).to(tl.int32)
+        total += tl.sum((level[:, None] == kinds[None, :]).to(tl.int32), 0)
+    first = tl.cumsum(total, 0) - total
+
+    base = first
+    for start in range(0, count, BLOCK):
+        index = start + step
+        page = tl.load(row + index * PAGE, mask=index < count, other=0) // PAGE
+        level = tl.load(PageLevel + page, mask=index < count, other=KP).to(tl.int32)
+        mine = (level[:, None] == kinds[None, :]).to(tl.int32)
+        rank = tl.cumsum(mine, 0) - mine + base[None, :]
+        place = tl.sum(mine * rank, 1)
+        tl.store(Pages + request.to(tl.int64) * max_pages + place, page, mask=index < count)
+        base += tl.sum(mine, 0)
+
+    last = tl.load(row + tl.maximum(count - 1, 0) * PAGE) // PAGE
+    partial = length - (count - 1) * PAGE
+    valid = tl.where(kinds == tl.load(PageLevel + last).to(tl.int32), partial, PAGE)
+    run = Runs + request * KP + kinds
+    tl.store(run, total)
+    tl.store(run + runs, first)
+    tl.store(run + 2 * runs, valid)
+
+
+@triton.jit
+def cut_items(
+    Runs, Items, ItemStart, HotItems, batch, runs, max_items,
+    PAGE: tl.constexpr, KP: tl.constexpr, BP: tl.constexpr, ITEMS: tl.constexpr,
+    FEWEST: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """One program: the fewest pages per item that make at most `max_items`, and the items.
+
+    Items      int32 [max_items, 4]: kind << 16 | request, first, end, valid tokens of page end - 1
+    ItemStart  int32 [runs / KP + 1], HotItems int32 [runs / KP]
+    BP         runs, ITEMS: items, padded to powers of two
+    STEPS      halvings that search as many pages, or as many runs
+    """
+    run = tl.arange(0, BP)
+    request, kind = run // KP, run % KP
+    exists = run < runs
+    count = tl.load(Runs + run, mask=request < batch, other=0)
+    high = tl.maximum(tl.max(count, 0), 1)
+    low = tl.minimum(high, FEWEST)
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        fits = (tl.sum((count + middle - 1) // middle, 0) <= max_items) | (low >= high)
+        high = tl.where(fits, middle, high)
+        low = tl.where(fits, low, middle + 1)
+    splits = (count + high - 1) // high
+    end_of_run = tl.cumsum(splits, 0)
+    tl.store(Runs + 3 * runs + run, end_of_run, mask=exists)
+    tl.store(ItemStart + run * 0, 0, mask=run == 0)
+    tl.store(ItemStart + request + 1, end_of_run, mask=exists & (kind == KP - 1))
+    tl.store(HotItems + request, splits, mask=exists & (kind == 0))
+    tl.debug_barrier()
+
+    item = tl.arange(0, ITEMS)
+    low = tl.zeros([ITEMS], tl.int32)  # the first run that ends after the item
+    high = low + runs
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        after = tl.load(Runs + 3 * runs + middle, mask=middle < runs, other=0x7FFFFFFF) > item
+        high = tl.where(after, middle, high)
+        low = tl.where(after | (low >= high), low, middle + 1)
+    used = (low < runs) & (item < max_items)
+    mine = Runs + low
+    pages = tl.load(mine, mask=used, other=0)
+    first_page = tl.load(mine + runs, mask=used, other=0)
+    valid = tl.load(mine + 2 * runs, mask=used, other=0)
+    end = tl.load(mine + 3 * runs, mask=used, other=1)
+    start = tl.load(mine + 3 * runs - 1, mask=used & (low > 0), other=0)
+    parts = tl.maximum(end - start, 1)
+    rank = item - start
+    first = first_page + rank * pages // parts
+    last = first_page + (rank + 1) * pages // parts
+    out = Items + item * 4
+    inside = item < max_items
+    tl.store(out, tl.where(used, (low % KP) << 16 | (low // KP), 0), mask=inside)
+    tl.store(out + 1, tl.where(used, first, 0), mask=inside)
+    tl.store(out + 2, tl.where(used, last, 0), mask=inside)
+    tl.store(out + 3, tl.where(used, tl.where(rank == parts - 1, valid, PAGE), 0), mask=inside)
