@@ -11,9 +11,9 @@ from cache_tools import head_frames, normal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spherical_kernels.codec import pages as codec_pages
-from spherical_kernels.codec.pages import decode_slices, encode_slices, write_radii
+from spherical_kernels.codec.pages import decode_slices, encode_slices
 from spherical_kernels.codec.patterns import PATTERNS, Pattern
-from spherical_kernels.codec.slices import read_codes, slice_layout, write_codes
+from spherical_kernels.codec.slices import UNIT, read_codes, slice_layout, write_codes
 from spherical_kernels.decode import reference
 from spherical_kernels.decode.reference import (
     AttentionState,
@@ -235,9 +235,9 @@ def test_a_token_that_is_nan_shows_in_its_row_only(pattern: Pattern, side: str) 
     clean = entries.attend(q)
     coded = getattr(entries, side)
     layout = coded.layout
-    radii = normal(1, len(pattern.coded_bands), layout.page_size).abs()
-    radii[..., 3] = torch.nan
-    write_radii(layout, coded.slices[4:5], radii)  # entry 4 belongs to row 2 and is full
+    # What the encoder makes of it: the token's radius, or the unit of all radii of the page.
+    place = layout.scales_offset_bytes + 2 * UNIT if layout.calibrated else 2 * 3
+    coded.slices.view(torch.float16)[4, place // 2] = torch.nan  # of row 2, full
     state = entries.attend(q)
     assert int(entries.row_of[4]) == 2
     assert int(entries.valid[4]) == layout.page_size

@@ -44,6 +44,9 @@ COMMAND_LINES = [
     "--rl-on-policy-target fsdp",
     "--enable-torch-compile",
     "--cuda-graph-backend-prefill full",
+    "--cuda-graph-backend-prefill tc_piecewise",
+    "--cuda-graph-backend-decode breakable",
+    "--debug-cuda-graph",
     "--speculative-algorithm EAGLE",
     "--decoupled-spec-role verifier",
     "--dllm-algorithm LowConfidence",
@@ -64,7 +67,7 @@ COMMAND_LINES = [
     "--page-size 128",
     "--chunked-prefill-size 100",
     "--max-total-tokens 63",
-    "--device cuda",
+    "--device xpu",
 ]
 
 
@@ -102,10 +105,12 @@ def test_environment_is_refused(model, capsys, monkeypatch, variable):
     assert "unset" in message
 
 
-def test_full_prefill_graph_inside_the_json_is_refused(model, capsys):
-    graphs = '{"prefill": {"backend": "full"}}'
+@pytest.mark.parametrize(
+    "graphs", ['{"prefill": {"backend": "full"}}', '{"decode": {"backend": "breakable"}}']
+)
+def test_a_graph_inside_the_json_is_refused(model, capsys, graphs):
     argv = ["--model-path", model, "--kv-format", "spherical", "--cuda-graph-config", graphs]
-    assert refused(capsys, *argv).startswith("--cuda-graph-config")
+    assert refused(capsys, *argv).startswith(f"--cuda-graph-config {graphs}:")
 
 
 def test_two_sizes_for_one_pool_are_refused(model, capsys):
@@ -126,8 +131,9 @@ def test_our_backends_need_the_format(model, capsys, line):
 def test_what_sglang_resolves_is_checked_too():
     with pytest.raises(StartupError, match="--page-size 256"):
         refusals.check({"page_size": 256}, CONFIG, {})
-    with pytest.raises(StartupError, match="--device cuda:0"):
-        refusals.check({"device": "cuda:0"}, CONFIG, {})
+    with pytest.raises(StartupError, match="--device xpu:0"):
+        refusals.check({"device": "xpu:0"}, CONFIG, {})
+    refusals.check({"device": "cuda:0"}, CONFIG, {})
 
 
 MODELS = [

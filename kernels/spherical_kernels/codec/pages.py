@@ -62,7 +62,7 @@ def code_banded(
     divisor = unit.clamp_min(_SMALLEST_SCALE).view(-1, 1, 1)
     centre, table = nearest_codes(spread / divisor), radius_table(y.device)
     best, least = torch.zeros_like(centre), y.square().sum(-1)
-    levels = half.expand_as(y) * 0 + 0.5
+    levels = torch.full_like(y, 0.5)
     for neighbour in NEIGHBOURS:
         code = (centre + neighbour).clamp(1, CODES - 1)
         radius = (table[code] * divisor).unsqueeze(-1) * step
@@ -117,8 +117,7 @@ def encode_slices(
     if layout.calibrated:
         y = y - write_centroids(layout, slices, y.mean(1)).unsqueeze(1)
         codes, radii, unit = code_banded(split_bands(layout, y), layout.pattern.bits)
-        _scales(layout, slices)[:, UNIT] = unit
-        _radius_words(layout, slices).copy_(pack_radii(radii.transpose(1, 2)))
+        write_radii(layout, slices, radii, unit)
     else:
         codes, radius = code_directions(split_bands(layout, y), layout.pattern.bits[0])
         _radius_words(layout, slices).view(torch.float16).copy_(radius.flatten(1))
@@ -152,6 +151,14 @@ def read_centroids(layout: SliceLayout, slices: torch.Tensor) -> torch.Tensor:
     """Page centroids float32 [n, d], in frame coordinates, of calibrated slices."""
     radii = _scales(layout, slices)[:, CENTROID].float().unsqueeze(-1)
     return (slices[:, : layout.head_dim].float() - 127.5) * radii
+
+
+def write_radii(
+    layout: SliceLayout, slices: torch.Tensor, radii: torch.Tensor, unit: torch.Tensor
+) -> None:
+    """Radius codes [n, bands, page_size] and their units [n] into calibrated slices, in place."""
+    _scales(layout, slices)[:, UNIT] = unit
+    _radius_words(layout, slices).copy_(pack_radii(radii.transpose(1, 2)))
 
 
 def read_radii(layout: SliceLayout, slices: torch.Tensor) -> torch.Tensor:

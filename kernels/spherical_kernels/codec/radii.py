@@ -1,9 +1,9 @@
 """4-bit radii: an unsigned floating-point number of 2 exponent and 2 mantissa bits times a unit.
 
-One unit per slice serves all bands, because a calibrated frame brings every band to the same spread.
-A code stands for 0 to 7 units, in quarters below 2. It is a piece of a float32: decoding is a shift,
-a mask and a multiplication, no table and no exponential. The four radii of a token are one 16-bit
-word.
+One unit per slice serves all bands, because a calibrated frame brings every band to the same
+spread. A code stands for 0 to 7 units, in quarters below 2. It is a piece of a float32: decoding is
+a shift, a mask and a multiplication, no table and no exponential. The four radii of a token are one
+16-bit word.
 """
 
 from __future__ import annotations

@@ -33,14 +33,13 @@ ALIGNMENT = 16
 """Slices start, and their sections lie, at multiples of this many bytes."""
 
 WIDE_HEAD_DIM = 128
-"""From this head dimension on slices start at multiples of 32 bytes, the pieces in which a GPU reads
-its memory; padding smaller ones would cost more than it gains."""
+"""From this head dimension on slices start at multiples of 32 bytes, the pieces in which a GPU
+reads its memory; padding smaller ones would cost more than it gains."""
 
 
 def slice_alignment(head_dim: int) -> int:
     """What the size of every slice is a multiple of, in bytes."""
     return 2 * ALIGNMENT if head_dim >= WIDE_HEAD_DIM else ALIGNMENT
-
 
 
 @dataclass(frozen=True)
