@@ -17,7 +17,7 @@ from sglang_spherical.config import PAGE_SIZES, SphericalConfig
 from sglang_spherical.errors import StartupError
 
 NAME = "spherical"  # of our attention backend and of our radix cache backend
-SERVED_DEVICES = ("cpu",)  # the GPU kernels are not part of this build yet
+SERVED_DEVICES = ("cpu", "cuda")
 
 LEAVE_OUT = "leave the flag out, or use --kv-format dense"
 
@@ -83,10 +83,17 @@ REFUSALS = (
     Refusal("enable_torch_compile", OFF, "torch.compile"),
     Refusal(
         "cuda_graph_backend_prefill",
-        (None, "breakable", "tc_piecewise", "disabled"),
-        "a prefill graph that captures attention",
+        (None, "breakable", "disabled"),
+        "a prefill graph of this kind",
         "use breakable or disabled",
     ),
+    Refusal(
+        "cuda_graph_backend_decode",
+        (None, "full", "disabled"),
+        "a decode graph of this kind",
+        "use full or disabled",
+    ),
+    Refusal("debug_cuda_graph", OFF, "debugging of CUDA graphs"),
     # who decodes
     Refusal("speculative_algorithm", (None,), "speculative decoding"),
     Refusal("decoupled_spec_role", ("null", None), "speculative decoding"),
@@ -127,7 +134,7 @@ def check(
     for refusal in REFUSALS:
         if refusal.field in arguments:
             _check_value(refusal, arguments[refusal.field])
-    _check_prefill_graphs(arguments.get("cuda_graph_config"))
+    _check_graphs(arguments.get("cuda_graph_config"))
     _check_pages(arguments)
     _check_device(arguments.get("device"))
     if config.kv_bytes is not None and arguments.get("max_total_tokens") is not None:
@@ -174,17 +181,21 @@ def _check_value(refusal: Refusal, value: object) -> None:
         )
 
 
-def _check_prefill_graphs(graphs: Any) -> None:
+def _check_graphs(graphs: Any) -> None:
     """`graphs`: the dict that --cuda-graph-config was given as, or what SGLang makes of it."""
     if graphs is None:
         return
     phases = graphs if isinstance(graphs, Mapping) else graphs.to_dict()
-    backend = (phases.get("prefill") or {}).get("backend")
-    if backend == "full":
-        raise StartupError(
-            '--cuda-graph-config {"prefill": {"backend": "full"}}: a prefill graph that captures '
-            "attention does not work with --kv-format spherical: use breakable or disabled"
-        )
+    for refusal in REFUSALS:
+        if refusal.field not in ("cuda_graph_backend_prefill", "cuda_graph_backend_decode"):
+            continue
+        phase = refusal.field.rpartition("_")[2]
+        backend = (phases.get(phase) or {}).get("backend")
+        if backend not in refusal.served:
+            raise StartupError(
+                f'--cuda-graph-config {{"{phase}": {{"backend": "{backend}"}}}}: {refusal.feature} '
+                f"does not work with --kv-format spherical: {refusal.remedy}"
+            )
 
 
 def _check_pages(arguments: Mapping[str, Any]) -> None:
@@ -214,6 +225,6 @@ def _check_device(device: object) -> None:
     name = str(device).partition(":")[0]
     if device is not None and name not in SERVED_DEVICES:
         raise StartupError(
-            f"--device {device}: this build serves a spherical KV cache on CPU only: use --device "
-            "cpu where no GPU is visible, or --kv-format dense"
+            f"--device {device}: a spherical KV cache is served on NVIDIA GPUs and on CPUs: use "
+            "--device cuda or cpu, or --kv-format dense"
         )

@@ -2,6 +2,7 @@
 
 layout     PageLayout, the only owner of byte offsets: blocks, slices, descriptors
 arena      the bytes, and the tables that say which blocks a page owns
+order      the stream on which pages change
 frames     centres and calibrated frames of every layer, gathered online or loaded
 kv_pool    SGLang's KVCache interface: writes new tokens into hot pages
 allocator  SGLang's allocator interface: logical pages and blocks, counted exactly

@@ -3,14 +3,15 @@ equivalents.
 
 Request-owned pages are hot and own H blocks. Pages owned by the radix tree may own fewer. Two free
 lists, of page ids and of blocks, are device tensors whose lengths are known on the host, so that no
-call waits for the device. `available_size() >= n` implies that a page-aligned alloc of n succeeds,
-because a page's blocks never exceed what it costs.
+call waits for the device. Page ids are SGLang's and stay on its scheduling stream; blocks and the
+tables of pages change in the forward passes' order (order.py). `available_size() >= n` implies that
+a page-aligned alloc of n succeeds, because a page's blocks never exceed what it costs.
 """
 
 from __future__ import annotations
 
 import torch
-from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator, alloc_extend_naive
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.utils import get_num_new_pages
 
 from sglang_spherical.pool.kv_pool import SphericalKVPool
@@ -40,12 +41,13 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):
         super().clear()
         layout, arena = self.pool.layout, self.pool.arena
         self.free_pages = torch.arange(1, arena.num_pages, dtype=torch.int64, device=self.device)
-        first = layout.hot_blocks
-        self.free_blocks = torch.arange(
-            first, first + arena.num_blocks, dtype=torch.int32, device=self.device
-        )
         self.free_tokens = self.pool.size
-        self.pool.forget()
+        first = layout.hot_blocks
+        with self.pool.order.after_forwards():
+            self.free_blocks = torch.arange(
+                first, first + arena.num_blocks, dtype=torch.int32, device=self.device
+            )
+            self.pool.forget()
 
     def available_size(self) -> int:
         """Free memory in hot-token equivalents."""
@@ -86,34 +88,40 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):
         pages = self._take_pages(num_new_pages)
         if pages is None:
             return None
-        out = torch.empty(extend_num_tokens, dtype=torch.int64, device=self.device)
-        alloc_extend_naive(prefix_lens, seq_lens, last_loc, pages, out, self.page_size, self.device)
-        return out
+        return _extend_locations(
+            prefix_lens, seq_lens, last_loc, pages, extend_num_tokens, self.page_size
+        )
 
     def alloc_decode(
         self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
     ) -> torch.Tensor | None:
         """Location [batch] of each request's next token; None when memory is short."""
-        opens_page = seq_lens_cpu % self.page_size == 1
-        pages = self._take_pages(int(opens_page.sum()))
+        count = int((seq_lens_cpu % self.page_size == 1).sum())
+        pages = self._take_pages(count)
         if pages is None:
             return None
-        out = last_loc.long() + 1
-        out[opens_page.to(self.device)] = pages * self.page_size
-        return out
+        following = last_loc.long() + 1
+        if not count:
+            return following
+        opens_page = seq_lens % self.page_size == 1
+        place = (opens_page.cumsum(0) - 1).clamp_min(0)
+        return torch.where(opens_page, pages[place] * self.page_size, following)
 
     def free_at_level(self, pages: torch.Tensor, level: int) -> None:
         """Frees tree-owned pages int64 [n], all at one level."""
         owned = self.pool.layout.blocks[level]
-        blocks = self.pool.arena.page_blocks[pages, :owned].flatten()
-        self.free_blocks = torch.cat((blocks, self.free_blocks))
+        with self.pool.order.after_forwards(pages):
+            blocks = self.pool.arena.page_blocks[pages, :owned].flatten()
+            self.free_blocks = torch.cat((blocks, self.free_blocks))
         self.free_tokens += len(pages) * self.pool.layout.cost_tokens[level]
         super()._release_page_ids(pages)
 
     def lower(self, pages: torch.Tensor, old: int, new: int) -> None:
         """Re-encodes tree-owned full pages int64 [n] from level `old` to a coarser `new`."""
-        blocks, cost = self.pool.lower(pages, old, new), self.pool.layout.cost_tokens
-        self.free_blocks = torch.cat((blocks, self.free_blocks))
+        cost = self.pool.layout.cost_tokens
+        with self.pool.order.after_forwards(pages):
+            blocks = self.pool.lower(pages, old, new)
+            self.free_blocks = torch.cat((blocks, self.free_blocks))
         self.free_tokens += len(pages) * (cost[old] - cost[new])
 
     def _take_pages(self, count: int) -> torch.Tensor | None:
@@ -126,9 +134,41 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):
             self.merge_and_sort_free()
         pages, self.free_pages = self.free_pages[:count], self.free_pages[count:]
         taken, self.free_blocks = self.free_blocks[:blocks], self.free_blocks[blocks:]
-        self.pool.arena.place_pages(pages, taken.view(count, self.pool.layout.hot_blocks))
+        if count:
+            with self.pool.order.after_forwards(pages, taken):
+                self.pool.arena.place_pages(pages, taken.view(count, -1))
         return pages
 
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
         # SGLang's own frees end here: request-owned pages, which are hot.
         self.free_at_level(torch.cat(page_ids), 0)
+
+
+def _extend_locations(
+    prefix_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    last_loc: torch.Tensor,
+    pages: torch.Tensor,
+    count: int,
+    page_size: int,
+) -> torch.Tensor:
+    """Token locations int64 [count] of all requests, one after the other, without a wait.
+
+    Tokens [prefix_lens, seq_lens) of a request fill the page of `last_loc`, then its new `pages`.
+    """
+    lengths = seq_lens - prefix_lens
+    ends, device = lengths.cumsum(0), prefix_lens.device
+    request = torch.repeat_interleave(
+        torch.arange(len(lengths), device=device), lengths, output_size=count
+    )
+    rank = torch.arange(count, device=device) - (ends - lengths)[request]
+    in_old_page = last_loc.long()[request] + 1 + rank
+    if not len(pages):
+        return in_old_page
+    old_pages = (prefix_lens + page_size - 1) // page_size
+    new_pages = (seq_lens + page_size - 1) // page_size - old_pages
+    first_page = new_pages.cumsum(0) - new_pages
+    position = prefix_lens[request] + rank
+    index = position // page_size - old_pages[request]
+    page = pages[(first_page[request] + index).clamp_min(0)]
+    return torch.where(index < 0, in_old_page, page * page_size + position % page_size)

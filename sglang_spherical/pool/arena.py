@@ -1,6 +1,7 @@
 """The arena: one buffer of bytes, and the tables that say which of them a page owns.
 
     page_blocks[page, :n(level)]            blocks of the page, [0, n(level)) is valid
+    page_level[page]                        its level
     descriptors[layer, page, head, side]    pattern and place (block of the page, offset) of a slice
 
 A slice's address is page_blocks[page, slot] * block_bytes + offset. Page 0 is SGLang's padding
@@ -50,6 +51,7 @@ class Arena:
         self.page_blocks = torch.zeros(
             num_pages, layout.hot_blocks, dtype=torch.int32, device=device
         )
+        self.page_level = torch.zeros(num_pages, dtype=torch.uint8, device=device)
         self._templates = [layout.descriptors(i).to(device) for i in range(len(layout.levels))]
         sink = torch.arange(layout.hot_blocks, device=device)
         self.place_pages(torch.zeros(1, dtype=torch.int64, device=device), sink.unsqueeze(0))
@@ -60,8 +62,9 @@ class Arena:
 
     @property
     def table_bytes(self) -> int:
-        """Memory of the descriptors and block tables."""
-        return 4 * (self.descriptors.numel() + self.page_blocks.numel())
+        """Memory of the tables."""
+        words = self.descriptors.numel() + self.page_blocks.numel()
+        return 4 * words + self.page_level.numel()
 
     def place_pages(self, pages: torch.Tensor, blocks: torch.Tensor) -> None:
         """Makes pages [n] hot pages on blocks [n, H]."""
@@ -71,6 +74,7 @@ class Arena:
     def set_level(self, pages: torch.Tensor, level: int) -> None:
         """Gives pages [n] the uniform descriptors of a level; their bytes are the caller's
         matter."""
+        self.page_level.index_fill_(0, pages, level)
         self.descriptors[:, pages] = self._templates[level].unsqueeze(1)
 
     def locate(

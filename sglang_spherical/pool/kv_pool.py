@@ -17,6 +17,7 @@ from sglang.srt.mem_cache.memory_pool import KVCache
 from sglang_spherical.pool.arena import Arena
 from sglang_spherical.pool.frames import Frames
 from sglang_spherical.pool.layout import PageLayout
+from sglang_spherical.pool.order import DeviceOrder
 from sglang_spherical.pool.retier import lower_pages, recentre_pages
 from spherical_kernels.codec.pages import code_directions
 from spherical_kernels.codec.slices import pack_digits
@@ -25,7 +26,9 @@ from spherical_kernels.codec.slices import pack_digits
 class SphericalKVPool(KVCache):
     """The memory of one rank.
 
-    size  capacity in hot-token equivalents, a multiple of the page size
+    size      capacity in hot-token equivalents, a multiple of the page size
+    order     the stream on which pages change
+    learning  whether the frames learn from prefills: not from those that only warm up or capture
     """
 
     def __init__(
@@ -61,6 +64,8 @@ class SphericalKVPool(KVCache):
         self.frames = Frames(
             layout.layers, layout.kv_heads, layout.head_dim, layout.page_size, device
         )
+        self.order = DeviceOrder()
+        self.learning = True
         self._finalize_allocation_log(size)
 
     def set_kv_buffer(
@@ -103,6 +108,8 @@ class SphericalKVPool(KVCache):
 
         pages_in_use  ids int64 [n] of pages that hold anything, asked once per layer
         """
+        if not self.learning:
+            return
         index = layer.layer_id - self.start_layer
         centre = self.frames.new_centre(index, k, v, positions)
         if centre is not None:
