@@ -1,0 +1,125 @@
+"""The step's new tokens into hot pages: one launch for the keys and values of a layer.
+
+Nothing is allocated and nothing synchronises, so a CUDA graph may hold the launch: the tensors'
+addresses are fixed then, their contents are not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+
+from ..codec.slices import SliceLayout
+from .kernel import encode_tokens_kernel
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the kernel is launched: tokens per program, warps per program."""
+
+    rows: int
+    warps: int
+
+
+SMALL_TUNING = Tuning(rows=1, warps=1)
+"""For decoding: rows spread over as many programs as there are."""
+
+TUNING = Tuning(rows=4, warps=1)
+
+SMALL_TOKENS = 128
+"""Up to so many tokens a launch is a matter of latency."""
+
+
+def rotation_signs(rotation: torch.Tensor) -> torch.Tensor:
+    """The signs of a signed Hadamard rotation [d, d], times its scale: float32 [d].
+
+    The kernel multiplies by them and goes on with additions. Made once, not inside a graph.
+    Raises ValueError for any other matrix.
+    """
+    d = rotation.shape[0]
+    block = d & -d
+    first = torch.arange(d, device=rotation.device) // block * block
+    signs = rotation[first, torch.arange(d, device=rotation.device)].float().contiguous()
+    if not torch.equal(_unsigned_hadamard(d).to(rotation.device) * signs, rotation.float()):
+        raise ValueError("rotation: expected a signed Hadamard matrix, as signed_hadamard makes it")
+    return signs
+
+
+def _unsigned_hadamard(d: int) -> torch.Tensor:
+    """Signs only, block-diagonal: [d, d]; element (i, j) is negative where i & j has odd parity."""
+    block = d & -d
+    i = torch.arange(block)
+    parity = torch.zeros(block, block)
+    for bit in range(block.bit_length()):
+        parity += (i.unsqueeze(1) & i) >> bit & 1
+    return torch.block_diag(*[1 - 2 * (parity % 2)] * (d // block))
+
+
+def encode_tokens(
+    arena: torch.Tensor,
+    page_blocks: torch.Tensor,
+    loc: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    places: torch.Tensor,
+    centre: torch.Tensor,
+    signs: torch.Tensor,
+    block_bytes: int,
+    layout: SliceLayout,
+    tuning: Tuning | None = None,
+) -> None:
+    """Codes k and v [n, kv_heads, d] (any float dtype) into the hot slices of one layer.
+
+    arena        uint8, contiguous
+    page_blocks  int32 [num_pages, H], blocks of every page
+    loc          int64 [n], page * page_size + place; rows of one place all write, any of them wins
+    k, v         the last dimension contiguous, any other strides
+    places       int32 [kv_heads, 2 (keys, values), 2 (block of the page, byte offset)]
+    centre       float32 [2, kv_heads, d], contiguous
+    signs        float32 [d], of `rotation_signs`
+    layout       of the hot slices, the same for keys and values
+    """
+    n, kv_heads, d = k.shape
+    if layout.calibrated:
+        raise ValueError(f"layout: expected a hot pattern, got {layout.pattern.name}")
+    if v.shape != k.shape or d != layout.head_dim or k.stride(2) != 1 or v.stride(2) != 1:
+        raise ValueError(
+            f"k, v: expected [n, kv_heads, {layout.head_dim}], the last dimension contiguous, got "
+            f"{list(k.shape)} and {list(v.shape)}, strides {k.stride()} and {v.stride()}"
+        )
+    if places.shape != (kv_heads, 2, 2) or centre.shape != (2, kv_heads, d):
+        raise ValueError(
+            f"places, centre: expected [{kv_heads}, 2, 2] and [2, {kv_heads}, {d}], got "
+            f"{list(places.shape)} and {list(centre.shape)}"
+        )
+    if n == 0:
+        return
+    if tuning is None:
+        tuning = SMALL_TUNING if n <= SMALL_TOKENS else TUNING
+    encode_tokens_kernel[(-(-n // tuning.rows), kv_heads, 2)](
+        arena, page_blocks, loc, k, v, places, centre, signs,
+        n, k.stride(0), k.stride(1), v.stride(0), v.stride(1), block_bytes,
+        **kernel_constants(layout), H=page_blocks.shape[1], ROWS=tuning.rows,
+        num_warps=tuning.warps,
+    )  # fmt: skip
+
+
+@cache
+def kernel_constants(layout: SliceLayout) -> dict[str, Any]:
+    """What the kernel is specialised on, but for the tuning and the width of the block table."""
+    d, (tile,) = layout.head_dim, layout.tiles
+    block = d & -d
+    return {
+        "D": d,
+        "DP": int(triton.next_power_of_2(d)),
+        "BLOCK": block,
+        "STAGES": block.bit_length() - 1,
+        "BITS": layout.pattern.bits[0],
+        "PAGE": layout.page_size,
+        "RADII": layout.radii_offset_bytes,
+        "TILE": tile.offset_bytes,
+    }

@@ -1,0 +1,83 @@
+"""The encoder and the re-tiering kernels compile for a GPU that is not here, and spill nothing.
+
+Compiling takes a process of its own: in this one Triton may be interpreting.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMMON = """
+import sys
+from pathlib import Path
+from subprocess import run
+from tempfile import TemporaryDirectory
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from spherical_kernels.codec.patterns import PATTERNS
+from spherical_kernels.codec.slices import slice_layout
+
+
+def usage(kernel, types, constants, unaligned, warps, capability=90):
+    names = list(types)
+    aligned = [i for i, name in enumerate(names) if name not in unaligned]
+    source = ASTSource(
+        fn=kernel,
+        signature=types | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(compiled.asm["cubin"])
+        print(run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout)
+"""
+
+ENCODE = """
+from spherical_kernels.encode.kernel import encode_tokens_kernel
+from spherical_kernels.encode.launch import SMALL_TUNING, TUNING, kernel_constants
+
+d, pattern = map(int, sys.argv[1:])
+types = {
+    "Arena": "*u8", "PageBlocks": "*i32", "Loc": "*i64", "K": "*bf16", "V": "*bf16",
+    "Places": "*i32", "Centre": "*fp32", "Signs": "*fp32", "num_tokens": "i32", "k_row": "i32",
+    "k_head": "i32", "v_row": "i32", "v_head": "i32", "block_bytes": "i32",
+}
+for tuning in (SMALL_TUNING, TUNING):
+    constants = kernel_constants(slice_layout(PATTERNS[pattern], 64, d))
+    constants = constants | {"H": 52, "ROWS": tuning.rows}
+    usage(encode_tokens_kernel, types, constants, {"num_tokens"}, tuning.warps)
+"""
+
+
+def compile_apart(script: str, *arguments: object) -> str:
+    """What cuobjdump says of the kernels that a script compiles."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    found = subprocess.run(
+        [sys.executable, "-c", COMMON + script, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    return found.stdout
+
+
+def assert_no_spills(usage: str, kernels: int) -> None:
+    assert usage.count("STACK:0") == usage.count("LOCAL:0") == kernels, usage
+
+
+@pytest.mark.parametrize(("d", "pattern"), [(128, 0), (64, 0), (96, 0), (256, 0), (128, 1)])
+def test_encoder_compiles_without_spills(d: int, pattern: int) -> None:
+    assert_no_spills(compile_apart(ENCODE, d, pattern), 2)
