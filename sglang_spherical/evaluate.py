@@ -56,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of weights and activations (default: float32)",
     )
     parser.add_argument(
+        "--device", default="cpu", help="that runs the model and the codecs (default: cpu)"
+    )
+    parser.add_argument(
         "--compare",
         help="other codecs to measure, by commas, or `all`: fp8, fp8-scaled, kivi4, kivi2, lloyd4, "
         "lloyd3, codebook16x64 and 16x16, 16x8, 32x64, 32x16, 32x8 (default: none)",
@@ -66,6 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Scores the text, writing the report after every window. Raises ValueError on bad input."""
+    from sglang_spherical.evaluation import inputs
+
+    with inputs.usable_device(args.device):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from sglang_spherical.evaluation import report
 
     tiers, compared = _tier_names(args.tiers), _comparators(args.compare)
@@ -137,11 +147,11 @@ def _prepare(
     known = None
     if args.frames is not None:
         known = frame_file.load(args.frames, frame_file.model_identity(args.model))
-    model = inputs.load_model(args.model, args.dtype)
+    model = inputs.load_model(args.model, args.dtype, args.device)
     layers, kv_heads, head_dim = inputs.cache_shape(model)
     levels = default_levels(SphericalConfig())
     layout = PageLayout.fit(args.page_size, head_dim, layers, kv_heads, levels)
-    frames = Frames(layers, kv_heads, head_dim, args.page_size, "cpu")
+    frames = Frames(layers, kv_heads, head_dim, args.page_size, args.device)
     if known is not None:
         frames.load(known.centre, known.gain, known.spread)
     else:

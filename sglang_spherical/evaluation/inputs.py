@@ -43,11 +43,22 @@ def load_windows(model: Path, text: Path, window_tokens: int | None = None) -> t
     return ids[: len(ids) // size * size].view(-1, size).long()
 
 
-def load_model(model: Path, dtype: str) -> Any:
+def usable_device(name: str) -> torch.device:
+    """A device to work on: `with` it, tensors are made there. Raises ValueError without it."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name}: not usable here: use cpu") from None
+    return device
+
+
+def load_model(model: Path, dtype: str, device: str = "cpu") -> Any:
     """The causal language model of a directory, for inference."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    return loaded.to(device).eval()
 
 
 def cache_shape(model: Any) -> tuple[int, int, int]:

@@ -30,17 +30,18 @@ _SEED = 0x5EED
 
 @cache
 def signed_hadamard(width: int) -> torch.Tensor:
-    """The data-free orthonormal rotation [width, width] float32, equal in every process.
+    """The data-free orthonormal rotation [width, width] float32 on the CPU, equal in every process.
 
     Widths that are not powers of two rotate in blocks of their largest power-of-two divisor.
     """
     block = width & -width
-    hadamard = torch.ones(1, 1)
+    hadamard = torch.ones(1, 1, device="cpu")
     while hadamard.shape[0] < block:
         hadamard = torch.cat(
             [torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)]
         )
-    signs = torch.randint(0, 2, (width,), generator=torch.Generator().manual_seed(_SEED)) * 2 - 1
+    seeded = torch.Generator().manual_seed(_SEED)
+    signs = torch.randint(0, 2, (width,), generator=seeded, device="cpu") * 2 - 1
     return torch.block_diag(*[hadamard / block**0.5] * (width // block)) * signs
 
 

@@ -41,7 +41,9 @@ class RotatedLloydMax(Comparator):
     def encode(self, layer: int, side: int, x: torch.Tensor) -> tuple[Part, ...]:
         levels = lloyd_max_levels(self.bits)
         norm = x.norm(dim=-1, keepdim=True)
-        cosines = x @ signed_hadamard(x.shape[-1]).T / norm.clamp_min(torch.finfo().tiny)
+        cosines = (
+            x @ signed_hadamard(x.shape[-1]).T.to(x.device) / norm.clamp_min(torch.finfo().tiny)
+        )
         edges = (levels[1:] + levels[:-1]) / 2
         codes = torch.bucketize(cosines * x.shape[-1] ** 0.5, edges)
         return Part(codes.to(torch.uint8), self.bits), Part(norm.half(), 16)
@@ -50,4 +52,4 @@ class RotatedLloydMax(Comparator):
         codes, norm = (part.data for part in parts)
         d = codes.shape[-1]
         cosines = lloyd_max_levels(self.bits)[codes.long()] / d**0.5
-        return norm.float() * (cosines @ signed_hadamard(d))
+        return norm.float() * (cosines @ signed_hadamard(d).to(cosines.device))
