@@ -44,7 +44,7 @@ class Parts:
 
 
 def verify(scheduler: Any) -> None:
-    """Check the parts of `scheduler`, once built; rank 0 prints the banner.
+    """Check the parts of `scheduler`, once built, and start them; rank 0 prints the banner.
 
     Raises StartupError where one of them is not ours, or they do not belong together.
     """
@@ -56,6 +56,8 @@ def verify(scheduler: Any) -> None:
         backend=runner.attn_backend,
     )
     check_parts(parts, radix_disabled=scheduler.server_args.disable_radix_cache)
+    overlapped = scheduler.enable_overlap and parts.pool.arena.device.type == "cuda"
+    parts.pool.start(runner.forward_stream if overlapped else None)
     if scheduler.ps.tp_rank == 0:
         print(banner(parts), file=sys.stderr, flush=True)
 

@@ -3,6 +3,7 @@
     page_blocks[page, :n(level)]            blocks of the page, [0, n(level)) is valid
     page_level[page]                        its level
     descriptors[layer, page, head, side]    pattern and place (block of the page, offset) of a slice
+    places[level, layer, head, side]        the same place, of every page at a level
 
 A slice's address is page_blocks[page, slot] * block_bytes + offset. Page 0 is SGLang's padding
 sink:
@@ -27,6 +28,7 @@ class Arena:
 
     num_blocks  blocks of capacity; H more are held for page 0
     num_pages   logical page ids, page 0 included
+    kinds       slice layouts of keys and values, by level
     region      where the bytes are allocated (SGLang's memory saver); the tables lie outside it
     """
 
@@ -53,6 +55,9 @@ class Arena:
         )
         self.page_level = torch.zeros(num_pages, dtype=torch.uint8, device=device)
         self._templates = [layout.descriptors(i).to(device) for i in range(len(layout.levels))]
+        self.kinds = tuple(layout.side_layouts(i) for i in range(len(layout.levels)))
+        _, slot, offset = split_descriptor(torch.stack(self._templates))
+        self.places = torch.stack((slot, offset), -1).to(torch.int32)
         sink = torch.arange(layout.hot_blocks, device=device)
         self.place_pages(torch.zeros(1, dtype=torch.int64, device=device), sink.unsqueeze(0))
 

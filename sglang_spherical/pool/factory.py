@@ -44,6 +44,7 @@ def build_pool(configurator: Any, max_total_num_tokens: int) -> SphericalKVPool:
         configurator.layer_info.start_layer,
         configurator.layer_info.end_layer,
     )
+    pool.learning = False  # until it is started: warming up and capturing show no real prompts
     if config.frames is not None:
         _load_frames(pool, configurator, Path(config.frames))
     return pool

@@ -14,6 +14,7 @@ from sglang_spherical.pool.arena import KEYS, VALUES
 from sglang_spherical.pool.layout import SIDES
 from spherical_kernels.codec.frames import calibrated_frame, signed_hadamard
 from spherical_kernels.codec.patterns import FrameKind
+from spherical_kernels.decode.launch import DecodeFrames
 
 CENTRE_TOKENS = 64
 """Tokens of the first prefill whose mean may become a centre: fewer say little (a warm-up
@@ -82,9 +83,10 @@ class HeadStatistics:
 class Frames:
     """Frames of one rank, at fixed addresses.
 
-    centre  float32 [2, layers, kv_heads, d]   of keys and of values
-    matrix  float32 [2, layers, kv_heads, d, d]  A of the calibrated frames
-    dual    float32 [2, layers, kv_heads, d, d]  B of the calibrated frames
+    centre    float32 [2, layers, kv_heads, d]   of keys and of values; contiguous by layer
+    matrix    float32 [2, layers, kv_heads, d, d]  A of the calibrated frames
+    dual      float32 [2, layers, kv_heads, d, d]  B of the calibrated frames
+    by_frame  float32 [2, layers, 2, kv_heads, d, d]  B of the hot, then of the calibrated frames
     """
 
     def __init__(
@@ -92,10 +94,12 @@ class Frames:
     ) -> None:
         self.page_size = page_size
         self.rotation = signed_hadamard(head_dim).to(device)
-        shape = (SIDES, layers, kv_heads, head_dim)
-        self.centre = torch.zeros(shape, device=device)
-        self.matrix = torch.zeros(*shape, head_dim, device=device)
-        self.dual = torch.zeros(*shape, head_dim, device=device)
+        square = kv_heads, head_dim, head_dim
+        self.centre = torch.zeros(layers, SIDES, kv_heads, head_dim, device=device).transpose(0, 1)
+        self.matrix = torch.zeros(SIDES, layers, *square, device=device)
+        self.by_frame = torch.zeros(SIDES, layers, 2, *square, device=device)
+        self.by_frame[:, :, 0] = self.rotation
+        self.dual = self.by_frame[:, :, 1]
         self.statistics = HeadStatistics(layers, kv_heads, head_dim, device)
         self.centred = [False] * layers
         self.calibrated = False
@@ -106,6 +110,11 @@ class Frames:
         if kind is FrameKind.HOT:
             return self.rotation.expand(self.centre.shape[2], -1, -1)
         return self.dual[side, layer]
+
+    def of_layer(self, layer: int) -> DecodeFrames:
+        """What reading a layer's codes takes, as views."""
+        keys, values = self.by_frame[:, layer]
+        return DecodeFrames(keys, values, *self.centre[:, layer])
 
     def matrices(self, kind: FrameKind, layer: int, side: int) -> torch.Tensor:
         """A of a layer's heads: [kv_heads, d, d]."""
@@ -172,11 +181,11 @@ class Frames:
 
     def _rebuild(self, gain: torch.Tensor, spread: torch.Tensor) -> None:
         """The calibrated frames that statistics (see `load`) call for."""
-        for layer, layer_gain in enumerate(gain):
-            # Errors of values are summed as they are: no channel counts more than another.
-            for side, side_gain in ((KEYS, layer_gain), (VALUES, torch.ones_like(layer_gain))):
-                matrix, dual = calibrated_frame(side_gain, spread[side, layer])
-                self.matrix[side, layer], self.dual[side, layer] = matrix, dual
+        # Errors of values are summed as they are: no channel counts more than another.
+        for side, side_gain in ((KEYS, gain), (VALUES, torch.ones_like(gain))):
+            frames = calibrated_frame(side_gain.flatten(0, 1), spread[side].flatten(0, 1))
+            matrix, dual = (x.view_as(self.matrix[side]) for x in frames)
+            self.matrix[side], self.dual[side] = matrix, dual
         self.calibrated = True
 
     @property

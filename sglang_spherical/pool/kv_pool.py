@@ -21,6 +21,7 @@ from sglang_spherical.pool.order import DeviceOrder
 from sglang_spherical.pool.retier import lower_pages, recentre_pages
 from spherical_kernels.codec.pages import code_directions
 from spherical_kernels.codec.slices import pack_digits
+from spherical_kernels.encode.launch import encode_tokens, rotation_signs
 
 
 class SphericalKVPool(KVCache):
@@ -29,6 +30,7 @@ class SphericalKVPool(KVCache):
     size      capacity in hot-token equivalents, a multiple of the page size
     order     the stream on which pages change
     learning  whether the frames learn from prefills: not from those that only warm up or capture
+    kernels   whether GPU kernels do the work; on a CPU their references do
     """
 
     def __init__(
@@ -64,9 +66,19 @@ class SphericalKVPool(KVCache):
         self.frames = Frames(
             layout.layers, layout.kv_heads, layout.head_dim, layout.page_size, device
         )
+        self.kernels = self.arena.device.type == "cuda"
+        self.signs = rotation_signs(self.frames.rotation)
         self.order = DeviceOrder()
         self.learning = True
         self._finalize_allocation_log(size)
+
+    def start(self, forward_stream: torch.cuda.Stream | None) -> None:
+        """Everything is built, warmed up and captured: requests come from now on.
+
+        forward_stream  the forward passes' own; None where they run on the scheduler's
+        """
+        self.order.stream = forward_stream
+        self.learning = True
 
     def set_kv_buffer(
         self,
@@ -84,6 +96,13 @@ class SphericalKVPool(KVCache):
             )
         loc = getattr(loc_info, "loc", loc_info)
         index = layer.layer_id - self.start_layer
+        if self.kernels:
+            encode_tokens(
+                self.arena.bytes, self.arena.page_blocks, loc, cache_k, cache_v,
+                self.arena.places[0, index], self.frames.centre[:, index], self.signs,
+                self.layout.block_bytes, self.layout.side_layouts(0)[0],
+            )  # fmt: skip
+            return
         pages, tokens = loc // self.page_size, loc % self.page_size
         _, addresses = self.arena.locate(pages, index)
         for side, x in enumerate((cache_k, cache_v)):
