@@ -1,0 +1,473 @@
+"""Triton bodies of attention of many new tokens over coded pages; launch.py sets up what they
+assume.
+
+The rows of a *tile* are (token, query head of the group) of one request and KV head. Codes of a
+page become float16 in frame coordinates once per tile, level * radius, and meet the queries in
+tensor cores; page centroids enter as one product per row and page, for BLOCK pages at once.
+
+A word is four bytes, four neighbouring channels. It unpacks to pairs of 16-bit lanes, so channels
+stand in an order of their own in every [.., DC] tensor: `channel_of` says which one a column is.
+
+A side (keys or values) is described by tuples of constants:
+    TILES  (first word, words per row, bits of a run, bytes per row; the last two 0 without runs)
+    BANDS  (place, what a code exceeds its level by, factor of the radius, and for both digits
+           tile, shift in the byte, bits, shift in the code); 0 bits where there is no such digit
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+SHRUNK = tl.constexpr(8.0)  # operands are values over this: keeps large radii in float16
+LARGEST = tl.constexpr(60000.0)  # of a factor in float16; larger ones are cut, NaN stays
+MASS = tl.constexpr(16.0)  # page masses are held times this, centroids over it
+NONE = tl.constexpr(-1e30)  # the maximum of no logits
+
+
+@triton.jit
+def channel_of(column, D: tl.constexpr, NB: tl.constexpr):
+    """The channel of each column; D where a column is none."""
+    band = column // 4 % NB
+    within = column // (4 * NB) * 4 + column % 2 * 2 + column // 2 % 2
+    return tl.where(within < D // NB, band * (D // NB) + within, D)
+
+
+@triton.constexpr_function
+def unpack_asm(bands, index_of_band):
+    """PTX: word of every digit and two radii -> low and high lane, level * radius."""
+    band = bands[index_of_band]
+    place, offset = band[0], band[1]
+    digits = 2 if band[9] else 1
+    lines = []
+    for index in range(digits):
+        shift, bits = band[4 + 4 * index], band[5 + 4 * index]
+        target = place + band[6 + 4 * index]
+        mask = (((1 << bits) - 1) << target) * 0x10001
+        source = f"${index + 2}"
+        if shift != target:
+            move = "shr.b32" if shift > target else "shl.b32"
+            lines.append(f"{move} u, {source}, {abs(shift - target)};")
+            source = "u"
+        lines.append(f"and.b32 u, {source}, {mask};")
+        lines.append("or.b32 t, t, u;" if index else "mov.b32 t, u;")
+    one = float16_bits(2.0**15) * 0x10001
+    less = float16_bits(-offset * 2.0 ** (place - 9)) * 0x10001
+    lines.append(f"mov.b32 u, {one}; mov.b32 v, {less};")
+    lines.append(f"fma.rn.f16x2 t, t, u, v; mul.rn.f16x2 t, t, ${digits + 2};")
+    return "{ .reg .b32 t, u, v; " + " ".join(lines) + " mov.b32 {$0, $1}, t; }"
+
+
+@triton.constexpr_function
+def float16_bits(number):
+    """The bits of an exact float16 number."""
+    import struct
+
+    return int.from_bytes(struct.pack("<e", number), "little")
+
+
+@triton.jit
+def load_words(
+    base, t, j, TILES: tl.constexpr, WORDS: tl.constexpr, W: tl.constexpr
+):  # fmt: skip
+    """The words [P, W] of every tile of the slice at `base` (int32 pointer)."""
+    found = ()
+    for i in tl.static_range(len(TILES)):
+        at = base + TILES[i][0]
+        if TILES[i][2] == 0:
+            at += t[:, None] * TILES[i][1] + j[None, :]
+            words = tl.load(at) if WORDS == W else tl.load(at, mask=j[None, :] < WORDS, other=0)
+        elif TILES[i][3] % 4 == 0:
+            at += t[:, None] * TILES[i][1] + (j % TILES[i][1])[None, :]
+            words = tl.load(at) if WORDS == W else tl.load(at, mask=j[None, :] < WORDS, other=0)
+            words = words >> (j // TILES[i][1] * TILES[i][2])[None, :]
+        else:  # the runs' rows are no whole words
+            words = tl.zeros([t.shape[0], W], tl.int32)
+            row = at.to(tl.pointer_type(tl.uint8), bitcast=True) + t[:, None] * TILES[i][3]
+            for c in tl.static_range(4):
+                channel = 4 * j + c
+                byte = tl.load(
+                    row + (channel % TILES[i][3])[None, :], mask=j[None, :] < WORDS, other=0
+                ).to(tl.int32)
+                run = channel // TILES[i][3] * TILES[i][2]
+                words |= (byte >> run[None, :] & ((1 << TILES[i][2]) - 1)) << (8 * c)
+        found = found + (words,)
+    return found
+
+
+@triton.jit
+def unpack_lanes(
+    words, radii, HALF: tl.constexpr, BANDS: tl.constexpr, B: tl.constexpr, PTX: tl.constexpr
+):
+    """Bytes HALF and HALF + 2 of the words: level * radius of band B, float16 [P, W] each.
+
+    radii  int32 [P, 1], a float16 in both halves
+    """
+    if PTX:
+        asm: tl.constexpr = unpack_asm(BANDS, B)
+        first = words[BANDS[B][3]]
+        radii = tl.broadcast_to(radii, first.shape)
+        if HALF == 1:
+            first = first >> 8
+        if BANDS[B][9] == 0:
+            low, high = tl.inline_asm_elementwise(
+                asm, "=h,=h,r,r", [first, radii], (tl.float16, tl.float16), True, 1
+            )
+        else:
+            second = words[BANDS[B][7]]
+            if HALF == 1:
+                second = second >> 8
+            low, high = tl.inline_asm_elementwise(
+                asm, "=h,=h,r,r,r", [first, second, radii], (tl.float16, tl.float16), True, 1
+            )
+    else:
+        factor = (radii & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+        low = lane(words, factor, HALF, BANDS, B)
+        high = lane(words, factor, HALF + 2, BANDS, B)
+    return low, high
+
+
+@triton.jit
+def lane(words, factor, BYTE: tl.constexpr, BANDS: tl.constexpr, B: tl.constexpr):
+    """Byte BYTE of the words without PTX."""
+    code = words[BANDS[B][3]] >> (8 * BYTE + BANDS[B][4]) & ((1 << BANDS[B][5]) - 1)
+    code = code << BANDS[B][6]
+    if BANDS[B][9]:
+        code |= (words[BANDS[B][7]] >> (8 * BYTE + BANDS[B][8]) & ((1 << BANDS[B][9]) - 1)) << BANDS[B][10]
+    level = (code.to(tl.float32) - BANDS[B][1]) * 2.0 ** (BANDS[B][0] - 9)
+    return level.to(tl.float16) * factor
+
+
+@triton.jit
+def float16_pair(factor):
+    """float32 >= 0 [P] -> int32 [P, 1], the number in float16 in both halves."""
+    factor = tl.where(factor > LARGEST, LARGEST, factor)
+    bits = factor.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return (bits | bits << 16)[:, None]
+
+
+@triton.jit
+def unpack_page(
+    words, radii, unit, BANDS: tl.constexpr, CALIBRATED: tl.constexpr, W: tl.constexpr,
+    DC: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """level * radius / SHRUNK of all bands: float16 [P, DC].
+
+    radii  int16 [P]: 4 bits per band, in units of `unit`; or the bits of a float16
+    """
+    parts = ()
+    for b in tl.static_range(len(BANDS)):
+        if CALIBRATED:
+            bits = (radii.to(tl.int32) >> (4 * b) & 15) << 21
+            factor = bits.to(tl.float32, bitcast=True) * 2.0**126 * (unit * BANDS[b][2])
+        else:
+            factor = radii.to(tl.float16, bitcast=True).to(tl.float32) * BANDS[b][2]
+        pair = float16_pair(factor)
+        for half in tl.static_range(2):
+            if BANDS[b][5]:
+                low, high = unpack_lanes(words, pair, half, BANDS, b, PTX)
+            else:
+                low = tl.zeros([radii.shape[0], W], tl.float16)
+                high = low
+            parts = parts + (low, high)
+    # outermost bit of the column first: band, then half, then lane
+    for level in tl.static_range(4 if len(BANDS) == 4 else 2):
+        joined = ()
+        for i in tl.static_range(len(parts) // 2):
+            joined = joined + (tl.join(parts[i], parts[i + len(parts) // 2]),)
+        parts = joined
+    return tl.reshape(parts[0], [radii.shape[0], DC])
+
+
+@triton.jit
+def load_radii(base, t, FIRST: tl.constexpr):
+    """The 16-bit words of the tokens [P] of the slice at `base` (int32 pointer)."""
+    return tl.load(base.to(tl.pointer_type(tl.int16), bitcast=True) + FIRST + t)
+
+
+@triton.jit
+def load_headers(addresses, Arena, inside, column, D: tl.constexpr, NB: tl.constexpr):
+    """Of BLOCK calibrated slices: centroid codes float16 [BLOCK, DC] around zero, unit and
+    centroid's radius float32 [BLOCK]."""
+    channel = channel_of(column, D, NB)
+    known = inside[:, None] & (channel < D)[None, :]
+    at = Arena.to(tl.pointer_type(tl.uint8), bitcast=True) + addresses
+    codes = tl.load(at[:, None] + channel[None, :], mask=known, other=0)
+    codes = tl.where(known, codes.to(tl.float32) - 127.5, 0.0).to(tl.float16)
+    scales = (at + D).to(tl.pointer_type(tl.float16), bitcast=True)
+    unit = tl.load(scales, mask=inside, other=0.0).to(tl.float32)
+    radius = tl.load(scales + 1, mask=inside, other=0.0).to(tl.float32)
+    return codes, unit, radius
+
+
+@triton.jit
+def extend_pages(
+    Arena, Entries, Items, Requests, Runs, Q, QScale, Partial, Lse, rows, pages,
+    D: tl.constexpr, DC: tl.constexpr, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
+    W: tl.constexpr, WORDS: tl.constexpr, KIND: tl.constexpr, KINDS: tl.constexpr,
+    CALIBRATED: tl.constexpr, FIRST: tl.constexpr, RADII: tl.constexpr, BLOCK: tl.constexpr,
+    KT: tl.constexpr, KB: tl.constexpr, VT: tl.constexpr, VB: tl.constexpr,
+    STAGES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """One item (a tile over a share of its request's pages of one kind) of one KV head.
+
+    Arena     int32, the whole arena; Entries int64 [kv_heads, pages, 2], byte addresses
+    Items     int32 [items, 4]: request, first row, split, splits
+    Requests  int32 [requests, 4]: first token, tokens, valid tokens of the last page, unused
+    Runs      int32 [requests * KINDS + 1]: where the pages of (request, kind) start
+    Q         float16 [kv_heads, rows, DC] in the frame, times 1 / QScale float32 [kv_heads, rows]
+    Partial   float32 [items, kv_heads, M, DC] in the frame; Lse float32 [items, kv_heads, M],
+              base 2; not FIRST: joined with what is there
+    """
+    item, head = tl.program_id(0), tl.program_id(1)
+    request = tl.load(Items + item * 4)
+    first_row = tl.load(Items + item * 4 + 1)
+    split = tl.load(Items + item * 4 + 2)
+    splits = tl.load(Items + item * 4 + 3)
+    begin = tl.load(Runs + request * KINDS + KIND)
+    run_end = tl.load(Runs + request * KINDS + KIND + 1)
+    first = begin + (run_end - begin) * split // splits
+    end = begin + (run_end - begin) * (split + 1) // splits
+    m = tl.arange(0, M)
+    place = (item * tl.num_programs(1) + head).to(tl.int64) * M + m
+    if first >= end:
+        if FIRST:
+            tl.store(Lse + place, tl.full([M], -float("inf"), tl.float32))
+        return
+
+    NB: tl.constexpr = len(KB)
+    first_token = tl.load(Requests + request * 4)
+    last_valid = tl.load(Requests + request * 4 + 2)
+    known = first_row + m < tl.load(Requests + request * 4 + 1) * G
+    row = head.to(tl.int64) * rows + first_token * G + first_row + m
+    column = tl.arange(0, DC)
+    q = tl.load(Q + row[:, None] * DC + column[None, :], mask=known[:, None], other=0.0)
+    q_scale = tl.load(QScale + row, mask=known, other=0.0)
+    t = tl.arange(0, P)
+    j = tl.arange(0, W)
+    n = tl.arange(0, BLOCK)
+    entries = Entries + head.to(tl.int64) * pages * 2
+    top = tl.full([M], NONE, tl.float32)
+    mass = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, DC], tl.float32)
+    for block in range(first, end, BLOCK if CALIBRATED else 1 << 24):
+        if CALIBRATED:
+            inside = block + n < end
+            k_at = tl.load(entries + 2 * (block + n), mask=inside, other=0)
+            v_at = tl.load(entries + 2 * (block + n) + 1, mask=inside, other=0)
+            k_codes, k_units, k_radius = load_headers(k_at, Arena, inside, column, D, NB)
+            v_codes, v_units, v_radius = load_headers(v_at, Arena, inside, column, D, NB)
+            near = tl.dot(q, tl.trans(k_codes)) * k_radius[None, :] * q_scale[:, None]
+            masses = tl.zeros([M, BLOCK], tl.float32)
+        last = tl.minimum(end, block + BLOCK) if CALIBRATED else end
+        for e in tl.range(block, last, num_stages=STAGES):
+            keys = Arena + tl.multiple_of(tl.load(entries + 2 * e) >> 2, 4)
+            values = Arena + tl.multiple_of(tl.load(entries + 2 * e + 1) >> 2, 4)
+            k_words = load_words(keys, t, j, KT, WORDS, W)
+            v_words = load_words(values, t, j, VT, WORDS, W)
+            k_radii = load_radii(keys, t, RADII)
+            v_radii = load_radii(values, t, RADII)
+            if CALIBRATED:
+                mine = n == e - block
+                k_unit = tl.sum(tl.where(mine, k_units, 0.0), 0)
+                v_unit = tl.sum(tl.where(mine, v_units, 0.0), 0)
+                base = tl.sum(tl.where(mine[None, :], near, 0.0), 1)
+            else:  # what nobody wrote may be NaN
+                valid = t < tl.where(e == run_end - 1, last_valid, P)
+                k_radii = tl.where(valid, k_radii, 0).to(tl.int16)
+                v_radii = tl.where(valid, v_radii, 0).to(tl.int16)
+                k_unit, v_unit, base = 1.0, 1.0, tl.zeros([M], tl.float32)
+            k = unpack_page(k_words, k_radii, k_unit, KB, CALIBRATED, W, DC, PTX)
+            dots = tl.dot(q, tl.trans(k))
+            if not CALIBRATED:
+                dots = tl.where(valid[None, :], dots, -float("inf"))
+            per_dot = q_scale * SHRUNK
+            new_top = tl.maximum(top, tl.max(dots, 1) * per_dot + base)
+            fade = tl.exp2(top - new_top)
+            p = tl.exp2(dots * per_dot[:, None] + (base - new_top)[:, None])
+            page_mass = tl.sum(p, 1)
+            mass = mass * fade + page_mass
+            top = new_top
+            v = unpack_page(v_words, v_radii, v_unit, VB, CALIBRATED, W, DC, PTX)
+            acc = tl.dot(p.to(tl.float16), v, acc * fade[:, None])
+            if CALIBRATED:
+                masses = tl.where(mine[None, :], page_mass[:, None], masses * fade[:, None])
+        if CALIBRATED:
+            v_codes = v_codes * (1.0 / (MASS * SHRUNK))
+            shares = masses * (v_radius * MASS)[None, :]
+            whole = shares.to(tl.float16)  # and the rest: few numbers stand for many tokens
+            acc = tl.dot(whole, v_codes, acc)
+            acc = tl.dot((shares - whole.to(tl.float32)).to(tl.float16), v_codes, acc)
+
+    out = acc * (1.0 / mass * SHRUNK)[:, None]
+    lse = top + tl.log2(mass)
+    target = Partial + place[:, None] * DC + column[None, :]
+    if not FIRST:
+        before = tl.load(Lse + place)
+        known = before > -float("inf")
+        peak = tl.maximum(lse, before)
+        whole = peak + tl.log2(tl.exp2(lse - peak) + tl.exp2(before - peak))
+        earlier = tl.load(target, mask=known[:, None], other=0.0)
+        out = out * tl.exp2(lse - whole)[:, None] + earlier * tl.exp2(before - whole)[:, None]
+        lse = whole
+    tl.store(target, out)
+    tl.store(Lse + place, lse)
+
+
+@triton.jit
+def frame_rows(
+    Q, Dual, Centre, Framed, Scales, Near, tokens, kv_heads, frame, scale,
+    D: tl.constexpr, DC: tl.constexpr, NB: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Queries of one KV head into one frame: ROWS rows by every program.
+
+    Q       [tokens, kv_heads * G, D]; logits in base 2 are `scale` times q . k
+    Dual    float32 [kv_heads, D, D], B; Centre float32 [kv_heads, D]
+    Framed  float16 [kv_heads, tokens * G, DC] at most 2**8, times 1 / Scales float32 [kv_heads,
+            tokens * G]; Near float32 [kv_heads, tokens * G], q . centre, both in base 2
+    """
+    head = tl.program_id(1)
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    known = r < tokens * G
+    d = tl.arange(0, DC)
+    channel = channel_of(d, D, NB)
+    q_row = (r // G * kv_heads + head).to(tl.int64) * G + r % G
+    inside = known[:, None] & (d < D)[None, :]
+    q = tl.load(Q + q_row[:, None] * D + d[None, :], mask=inside, other=0.0)
+    q = q.to(tl.float32) * scale
+    inside = (d < D)[:, None] & (channel < D)[None, :]
+    dual = Dual + head.to(tl.int64) * (D * D)
+    turned = tl.load(dual + channel[None, :] * D + d[:, None], mask=inside, other=0.0)
+    framed = tl.dot(q, turned, input_precision="tf32x3")
+    peak = tl.max(tl.abs(framed), 1)
+    unit = tl.where(peak > 0, peak * 2.0**-8, 1.0)
+    place = head.to(tl.int64) * tokens * G + r
+    framed = (framed / unit[:, None]).to(tl.float16)
+    tl.store(Framed + place[:, None] * DC + d[None, :], framed, mask=known[:, None])
+    tl.store(Scales + place, unit, mask=known)
+    if frame == 0:
+        centre = tl.load(Centre + head * D + d, mask=d < D, other=0.0)
+        tl.store(Near + place, tl.sum(q * centre[None, :], 1), mask=known)
+
+
+@triton.jit
+def joined_splits(Partial, Lse, place, column, splits, stride, total, DC: tl.constexpr):
+    """The splits' sums, weighted by their share of `total` (base 2): float32 [ROWS, DC]."""
+    sums = tl.zeros([place.shape[0], DC], tl.float32)
+    for split in range(splits):
+        at = place + split * stride
+        logs = tl.load(Lse + at)
+        share = tl.exp2(logs - total)
+        known = (logs > -float("inf"))[:, None]
+        part = tl.load(Partial + at[:, None] * DC + column[None, :], mask=known, other=0.0)
+        sums += part * share[:, None]
+    return sums
+
+
+@triton.jit
+def finish_rows(
+    Partial, Lse, Tiles, Requests, Dual, Centre, Near, New, NewLse, Out, OutLse,
+    rows, items, kv_heads, new_unit,
+    D: tl.constexpr, DC: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
+    PLANES: tl.constexpr, BANDS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of a tile of one KV head: splits, frames, then new tokens become one attention.
+
+    Partial  float32 [PLANES, items, kv_heads, M, DC]; Lse [PLANES, items, kv_heads, M], base 2
+    Tiles    int32 [tiles, 4]: request, first row, first item, splits
+    Dual     float32 [PLANES, kv_heads, D, D], B of the value frames; Centre float32 [kv_heads, D]
+    BANDS    bands of every plane's frame
+    New      [tokens, kv_heads * G, D], NewLse float32 [tokens, kv_heads * G]: of the new tokens,
+             `new_unit` times the logarithm in base 2
+    Out      like New; OutLse float32 like NewLse, natural
+    """
+    tile, head = tl.program_id(0) // (M // ROWS), tl.program_id(1)
+    m = tl.program_id(0) % (M // ROWS) * ROWS + tl.arange(0, ROWS)
+    request = tl.load(Tiles + tile * 4)
+    r = tl.load(Tiles + tile * 4 + 1) + m
+    first_item = tl.load(Tiles + tile * 4 + 2)
+    splits = tl.load(Tiles + tile * 4 + 3)
+    known = r < tl.load(Requests + request * 4 + 1) * G
+    r += tl.load(Requests + request * 4) * G
+    column = tl.arange(0, DC)
+    stride = kv_heads * M
+    plane = items.to(tl.int64) * stride
+    place = (first_item * kv_heads + head).to(tl.int64) * M + m
+    top = tl.full([ROWS], NONE, tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    for i in range(PLANES * splits):
+        logs = tl.load(Lse + i // splits * plane + place + i % splits * stride)
+        higher = tl.maximum(top, logs)
+        mass = mass * tl.exp2(top - higher) + tl.exp2(logs - higher)
+        top = higher
+    some = mass > 0
+    total = tl.where(some, top + tl.log2(mass), 0.0)
+    centre = tl.load(Centre + head * D + column, mask=column < D, other=0.0)
+    out = tl.where(some[:, None], centre[None, :], 0.0)
+    for i in tl.static_range(PLANES):
+        sums = joined_splits(
+            Partial + i * plane * DC, Lse + i * plane, place, column, splits, stride, total, DC
+        )
+        channel = channel_of(column, D, BANDS[i])
+        inside = (channel < D)[:, None] & (column < D)[None, :]
+        at = Dual + (i * kv_heads + head).to(tl.int64) * (D * D)
+        dual = tl.load(at + channel[:, None] * D + column[None, :], mask=inside, other=0.0)
+        sums = tl.where((channel < D)[None, :], sums, 0.0)
+        out = tl.dot(sums, dual, out, input_precision="tf32x3")
+    near = tl.load(Near + head.to(tl.int64) * rows + r, mask=known, other=0.0)
+    prefix = tl.where(some, total + near, -float("inf"))
+    at = (r // G * kv_heads + head).to(tl.int64) * G + r % G
+    new = tl.load(NewLse + at, mask=known, other=0.0) * new_unit
+    inside = known[:, None] & (column < D)[None, :]
+    dense = tl.load(New + at[:, None] * D + column[None, :], mask=inside, other=0.0)
+    peak = tl.maximum(prefix, new)
+    whole = peak + tl.log2(tl.exp2(prefix - peak) + tl.exp2(new - peak))
+    out *= tl.exp2(prefix - whole)[:, None]
+    out += dense.to(tl.float32) * tl.exp2(new - whole)[:, None]
+    tl.store(Out + at[:, None] * D + column[None, :], out.to(Out.dtype.element_ty), mask=inside)
+    tl.store(OutLse + at, whole * 0.6931471805599453, mask=known)
+
+
+@triton.jit
+def attend_new_rows(
+    Q, K, V, Tiles, Requests, Out, Lse, kv_heads, scale,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Causal attention of a tile's rows to their request's new tokens.
+
+    Q    [tokens, kv_heads * G, D]; K, V [tokens, kv_heads, D]; `scale` times q . k is in base 2
+    Out  like Q; Lse float32 [tokens, kv_heads * G], base 2
+    """
+    tile, head = tl.program_id(0), tl.program_id(1)
+    request = tl.load(Tiles + tile * 4)
+    first_row = tl.load(Tiles + tile * 4 + 1)
+    first_token = tl.load(Requests + request * 4)
+    tokens = tl.load(Requests + request * 4 + 1)
+    r = first_row + tl.arange(0, M)
+    known = r < tokens * G
+    d = tl.arange(0, DP)
+    b = tl.arange(0, BLOCK)
+    at = ((first_token + r // G) * kv_heads + head).to(tl.int64) * G + r % G
+    inside = known[:, None] & (d < D)[None, :]
+    q = tl.load(Q + at[:, None] * D + d[None, :], mask=inside, other=0.0)
+    top = tl.full([M], NONE, tl.float32)
+    mass = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, DP], tl.float32)
+    last = tl.minimum(tokens, (first_row + M - 1) // G + 1)
+    for start in range(0, last, BLOCK):
+        token = start + b
+        place = ((first_token + token) * kv_heads + head).to(tl.int64) * D
+        mask = (token < tokens)[:, None] & (d < D)[None, :]
+        k = tl.load(K + place[:, None] + d[None, :], mask=mask, other=0.0)
+        dots = tl.dot(q, tl.trans(k)) * scale
+        dots = tl.where(token[None, :] <= (r // G)[:, None], dots, -float("inf"))
+        new_top = tl.maximum(top, tl.max(dots, 1))
+        fade = tl.exp2(top - new_top)
+        p = tl.exp2(dots - new_top[:, None])
+        mass = mass * fade + tl.sum(p, 1)
+        top = new_top
+        v = tl.load(V + place[:, None] + d[None, :], mask=mask, other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None])
+    out = (acc / mass[:, None]).to(Out.dtype.element_ty)
+    tl.store(Out + at[:, None] * D + d[None, :], out, mask=inside)
+    tl.store(Lse + at, top + tl.log2(mass), mask=known)

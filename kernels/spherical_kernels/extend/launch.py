@@ -1,0 +1,238 @@
+"""Attention of new tokens over coded prefixes on a GPU, straight from the codes.
+
+Per layer: queries into the frames, one launch of the main kernel for every kind of page, dense
+attention among the new tokens, and a last kernel that joins shares of the prefix, takes the sums
+out of their frames and merges all by their log-sum-exps. decode/reference.py and reference.py say
+what is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+
+from ..codec.pages import GAUSSIAN_STEP
+from ..codec.slices import SliceLayout
+from ..decode.launch import FRAMES, DecodeFrames
+from .kernel import extend_pages, finish_rows, frame_rows
+from .new_tokens import LOG2_E, NewTokens
+from .tables import ExtendTables
+
+SHRUNK = 8.0  # operands are values over this (kernel.py)
+_FRAME_ROWS = 64
+_BLOCK_PAGES = 16  # whose centroids meet the queries together
+
+Kind = tuple[SliceLayout, SliceLayout]
+"""Layouts of the keys and of the values of a page."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the main kernel is launched.
+
+    tile_rows  rows of a tile, a power of two
+    warps      per program
+    stages     pages in flight per program
+    programs   per multiprocessor at once
+    registers  at most, per thread; None leaves it to the compiler
+    """
+
+    tile_rows: int
+    warps: int
+    stages: int
+    programs: int
+    registers: int | None = None
+
+
+SMALL_TUNING = Tuning(tile_rows=64, warps=4, stages=3, programs=3)
+TUNING = Tuning(tile_rows=128, warps=8, stages=3, programs=1)
+MULTIPROCESSORS = 132
+
+
+def tuning_for(rows: int) -> Tuning:
+    """The tuning for requests of up to `rows` rows (new tokens times query heads of a group)."""
+    return SMALL_TUNING if rows <= SMALL_TUNING.tile_rows else TUNING
+
+
+def run_extend(
+    tables: ExtendTables,
+    kinds: Sequence[Kind],
+    new_tokens: NewTokens,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    arena: torch.Tensor,
+    entries: torch.Tensor,
+    frames: DecodeFrames,
+    scale: float,
+    tuning: Tuning,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one layer: of new tokens to their prefixes and to each other.
+
+    kinds    layouts of every kind of page, kind 0 (hot) first
+    q        [tokens, q_heads, d], request by request; k, v [tokens, kv_heads, d]
+    arena    uint8, all slices
+    entries  int64 [kv_heads, n, 2]: byte addresses of the slices of tables.pages in `arena`
+    scale    the softmax scale
+    Returns out like q, and lse float32 [tokens, q_heads], natural.
+    """
+    tokens, heads, d = q.shape
+    kv_heads = frames.key_centre.shape[0]
+    if heads % kv_heads or tokens != tables.tokens or k.shape != (tokens, kv_heads, d):
+        raise ValueError(
+            f"q, k: expected {tables.tokens} tokens and a multiple of {kv_heads} query heads, got "
+            f"{list(q.shape)} and {list(k.shape)}"
+        )
+    q = q.contiguous()
+    new, new_lse = new_tokens.attend(q, k, v)
+    if not len(tables.items):
+        return new, new_lse / LOG2_E
+    prefix = _attend_prefix(tables, kinds, q, arena, entries, frames, scale, tuning)
+    return _finish(tables, prefix, frames, new, new_lse)
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """Attention of every item, by frame of `planes` (places in FRAMES).
+
+    partial  float32 [planes, items, kv_heads, tile_rows, columns], in the frame
+    lse      float32 [planes, items, kv_heads, tile_rows], base 2, q.centre left out
+    near     float32 [kv_heads, rows], q.centre, base 2
+    """
+
+    planes: tuple[int, ...]
+    partial: torch.Tensor
+    lse: torch.Tensor
+    near: torch.Tensor
+
+
+def _attend_prefix(
+    tables: ExtendTables,
+    kinds: Sequence[Kind],
+    q: torch.Tensor,
+    arena: torch.Tensor,
+    entries: torch.Tensor,
+    frames: DecodeFrames,
+    scale: float,
+    tuning: Tuning,
+) -> _Prefix:
+    tokens, heads, d = q.shape
+    kv_heads = frames.key_centre.shape[0]
+    group, columns = heads // kv_heads, columns_of(d)
+    plane_of = [FRAMES.index(keys.pattern.frame) for keys, _ in kinds]
+    planes = tuple(sorted(set(plane_of)))
+    f32: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
+    rows, items = tokens * group, len(tables.items)
+    framed = torch.empty(len(planes), kv_heads, rows, columns, dtype=torch.float16, device=q.device)
+    scales = torch.empty(len(planes), kv_heads, rows, **f32)
+    near = torch.empty(kv_heads, rows, **f32)
+    partial = torch.empty(len(planes), items, kv_heads, tables.tile_rows, columns, **f32)
+    lse = torch.empty(len(planes), items, kv_heads, tables.tile_rows, **f32)
+    for place, plane in enumerate(planes):
+        frame_rows[(-(-rows // _FRAME_ROWS), kv_heads)](
+            q, frames.key_duals[plane], frames.key_centre, framed[place], scales[place], near,
+            tokens, kv_heads, place, scale * LOG2_E, D=d, DC=columns, NB=_bands(plane),
+            G=group, ROWS=_FRAME_ROWS,
+        )  # fmt: skip
+    words = arena.view(torch.int32)
+    for kind, (keys, values) in enumerate(kinds):
+        place = planes.index(plane_of[kind])
+        extend_pages[(items, kv_heads)](
+            words, entries, tables.items, tables.requests, tables.runs, framed[place],
+            scales[place], partial[place], lse[place], rows, entries.shape[1],
+            **kernel_constants(keys, values, group), M=tables.tile_rows, KIND=kind,
+            KINDS=len(kinds), FIRST=plane_of.index(plane_of[kind]) == kind, STAGES=tuning.stages,
+            PTX=_has_ptx(q.device), num_warps=tuning.warps, maxnreg=tuning.registers,
+        )  # fmt: skip
+    return _Prefix(planes, partial, lse, near)
+
+
+def _finish(
+    tables: ExtendTables,
+    prefix: _Prefix,
+    frames: DecodeFrames,
+    new: torch.Tensor,
+    new_lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, heads, d = new.shape
+    kv_heads, rows = prefix.near.shape
+    out, lse = torch.empty_like(new), torch.empty_like(new_lse)
+    block = min(tables.tile_rows, 64 if len(tables.tiles) * kv_heads > MULTIPROCESSORS else 16)
+    finish_rows[(len(tables.tiles) * (tables.tile_rows // block), kv_heads)](
+        prefix.partial, prefix.lse, tables.tiles, tables.requests,
+        frames.value_duals[prefix.planes[0] :], frames.value_centre, prefix.near,
+        new.contiguous(), new_lse.contiguous(), out, lse, rows, len(tables.items), kv_heads, 1.0,
+        D=d, DC=columns_of(d), G=heads // kv_heads, M=tables.tile_rows, ROWS=block,
+        PLANES=len(prefix.planes), BANDS=tuple(_bands(plane) for plane in prefix.planes),
+        num_warps=4,
+    )  # fmt: skip
+    return out, lse
+
+
+def _has_ptx(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.cuda is not None
+
+
+def _bands(plane: int) -> int:
+    """Bands of a frame of FRAMES."""
+    return (1, 4)[plane]
+
+
+def columns_of(head_dim: int) -> int:
+    """Width of a row in frame coordinates, padding included."""
+    return max(16, int(triton.next_power_of_2(head_dim)))
+
+
+@cache
+def kernel_constants(keys: SliceLayout, values: SliceLayout, group: int) -> dict[str, Any]:
+    """What the main kernel is specialised on."""
+    columns = columns_of(keys.head_dim)
+    constants: dict[str, Any] = {
+        "D": keys.head_dim,
+        "DC": columns,
+        "P": keys.page_size,
+        "G": group,
+        "W": columns // (4 * keys.bands),
+        "WORDS": keys.band_width // 4,
+        "CALIBRATED": keys.calibrated,
+        "RADII": keys.radii_offset_bytes // 2,
+        "BLOCK": _BLOCK_PAGES,
+    }
+    for name, side in (("K", keys), ("V", values)):
+        constants |= {f"{name}T": _tiles(side), f"{name}B": _band_table(side)}
+    return constants
+
+
+def _tiles(layout: SliceLayout) -> tuple[tuple[int, int, int, int], ...]:
+    return tuple(
+        (tile.offset_bytes // 4, tile.row_bytes // 4, *_run(tile.runs, tile.row_bytes))
+        for tile in layout.tiles
+    )
+
+
+def _run(runs: int, row_bytes: int) -> tuple[int, int]:
+    return (8 // runs, row_bytes) if runs > 1 else (0, 0)
+
+
+def _band_table(layout: SliceLayout) -> tuple[tuple[float, ...], ...]:
+    """The constants BANDS that kernel.py describes."""
+    table = []
+    for band, bits in enumerate(layout.pattern.bits):
+        digits = [
+            (index, digit.byte_shift, digit.bits, digit.code_shift)
+            for index, tile in enumerate(layout.tiles)
+            for digit in tile.digits
+            if digit.band == band
+        ]
+        digits += [(0, 0, 0, 0)] * (2 - len(digits))
+        _, byte_shift, _, code_shift = digits[0]
+        place = max(0, byte_shift - code_shift)
+        step = GAUSSIAN_STEP[bits] if layout.calibrated else 1.0
+        factor = step * 2.0 ** (9 - place) / SHRUNK
+        table.append((place, (2**bits - 1) / 2, factor, *digits[0], *digits[1]))
+    return tuple(table)
