@@ -11,7 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+
+
+def to_device(numbers: NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """A copy of the numbers that the host does not wait for."""
+    tensor = torch.from_numpy(np.array(numbers))
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class DeviceOrder:

@@ -20,6 +20,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache
 
 from sglang_spherical.config import BUDGETS, SphericalConfig
 from sglang_spherical.pool.allocator import SphericalAllocator
+from sglang_spherical.pool.order import to_device
 from sglang_spherical.retention.executor import execute
 from sglang_spherical.retention.operations import NodeView
 from sglang_spherical.retention.policy import relieve, settle
@@ -181,7 +182,7 @@ class SphericalRadixCache(RadixCache):
         """Forgets an unlocked leaf and frees its pages."""
         pages = self.page_ids(node)
         for level in np.unique(node.levels):
-            chosen = torch.from_numpy(np.flatnonzero(node.levels == level)).to(pages.device)
+            chosen = to_device(np.flatnonzero(node.levels == level), pages.device)
             self.allocator.free_at_level(pages[chosen], int(level))
         self._delete_leaf(node)
         self._record_remove_event(node)

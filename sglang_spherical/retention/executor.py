@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from sglang_spherical.pool.order import to_device
 from sglang_spherical.retention.operations import Drop, Lower, Operation
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def _lower(tree: SphericalRadixCache, lowers: list[Lower]) -> None:
         levels = lower.node.levels[lower.pages]
         pages = tree.page_ids(lower.node)
         for old in np.unique(levels):
-            chosen = torch.from_numpy(lower.pages[levels == old].copy()).to(pages.device)
+            chosen = to_device(lower.pages[levels == old], pages.device)
             batches.setdefault((int(old), lower.level), []).append(pages[chosen])
         tree.record_levels(lower.node, lower.pages, lower.level)
     for (old, new), pages_of in batches.items():

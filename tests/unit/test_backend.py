@@ -6,133 +6,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cache_tools import Layer, normal, read_pages, tiny_pool
+from backend_tools import DIM, GROUP, HEADS, LAYERS, PAGE, Prompt, Runner, dense
+from cache_tools import Layer
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sglang_spherical.attention.backend import SphericalAttnBackend
 from sglang_spherical.attention.plan import ReadPlan
-from sglang_spherical.pool.allocator import SphericalAllocator
 from sglang_spherical.pool.arena import KEYS, VALUES
 from spherical_kernels.codec.pages import decode_slices, encode_slices
 from spherical_kernels.codec.patterns import PATTERN_ID, PATTERNS, FrameKind
 from spherical_kernels.codec.slices import slice_layout
-from spherical_kernels.testing import assert_close, poison
-
-PAGE, LAYERS, HEADS, GROUP, DIM = 16, 2, 2, 2, 32
-LONGEST = 200
+from spherical_kernels.testing import assert_close
 
 # Against dense attention: 8-bit keys and values of unit spread have steps of about 3.5/127.5, rms
 # 0.008; a logit moves by as much (unit queries, scale 1/sqrt(d)), an output by both at most.
 HOT_MAX, HOT_RMS = 0.06, 0.012
 # Against attention over the same codes, decoded: float32.
 SAME_MAX, SAME_RMS = 2e-5, 3e-6
-
-
-class Prompt:
-    """Queries, keys and values [layers, tokens, heads, d] of one request of a made-up model."""
-
-    def __init__(self, slot: int, seed: int) -> None:
-        self.slot, self.length = slot, 0
-        mean = 2 * normal(2, LAYERS, 1, HEADS, DIM, seed=5)
-        self.q = normal(LAYERS, LONGEST, HEADS * GROUP, DIM, seed=seed)
-        self.k = mean[0] + normal(LAYERS, LONGEST, HEADS, DIM, seed=seed + 1000)
-        self.v = mean[1] + normal(LAYERS, LONGEST, HEADS, DIM, seed=seed + 2000)
-
-
-class Runner:
-    """Stands for SGLang's model runner: places tokens, plans, and runs every layer."""
-
-    def __init__(self, pages: int = 60, dtype: torch.dtype = torch.float32) -> None:
-        self.dtype = dtype
-        self.pool = tiny_pool(pages)
-        poison(self.pool.arena.bytes)
-        self.allocator = SphericalAllocator(self.pool)
-        self.req_to_token = torch.zeros(9, LONGEST + PAGE, dtype=torch.int32)
-        self.backend = SphericalAttnBackend(
-            SimpleNamespace(
-                token_to_kv_pool=self.pool,
-                token_to_kv_pool_allocator=self.allocator,
-                req_to_token_pool=SimpleNamespace(req_to_token=self.req_to_token),
-            )
-        )
-
-    def extend(self, *chunks: tuple[Prompt, int]) -> list[torch.Tensor]:
-        """The next tokens of some prompts: outputs [layers, tokens, q_heads, d] of each."""
-        prompts = [prompt for prompt, _ in chunks]
-        before = torch.tensor([prompt.length for prompt in prompts])
-        after = before + torch.tensor([count for _, count in chunks])
-        last = [int(self.req_to_token[p.slot, p.length - 1]) if p.length else -1 for p in prompts]
-        total = int((after - before).sum())
-        loc = self.allocator.alloc_extend(before, before, after, after, torch.tensor(last), total)
-        batch = SimpleNamespace(
-            forward_mode=ForwardMode.EXTEND,
-            req_pool_indices=torch.tensor([prompt.slot for prompt in prompts]),
-            seq_lens=after,
-            extend_prefix_lens=before.int(),
-            extend_seq_lens_cpu=(after - before).tolist(),
-            positions=torch.cat([torch.arange(a, b) for a, b in zip(before, after)]),
-            out_cache_loc=loc,
-        )
-        return self._run(batch, prompts, after, (after - before).tolist(), "forward_extend")
-
-    def decode(self, *prompts: Prompt, padding: int = 0) -> list[torch.Tensor]:
-        """One token more of every prompt, beside rows that only pad the batch."""
-        after = torch.tensor([prompt.length + 1 for prompt in prompts])
-        last = torch.tensor([int(self.req_to_token[p.slot, p.length - 1]) for p in prompts])
-        loc = self.allocator.alloc_decode(after, after, last)
-        zeros = torch.zeros(padding, dtype=torch.int64)
-        batch = SimpleNamespace(
-            forward_mode=ForwardMode.DECODE,
-            req_pool_indices=torch.cat([torch.tensor([p.slot for p in prompts]), zeros]),
-            seq_lens=torch.cat([after, zeros + 1]),
-            out_cache_loc=torch.cat([loc, zeros]),
-        )
-        return self._run(batch, prompts, after, [1] * len(prompts), "forward_decode", padding)
-
-    def _run(self, batch, prompts, after, counts, forward, padding=0):  # type: ignore[no-untyped-def]
-        starts = 0
-        for prompt, end, count in zip(prompts, after.tolist(), counts):
-            new = batch.out_cache_loc[starts : starts + count]
-            self.req_to_token[prompt.slot, prompt.length : end] = new.int()
-            starts += count
-        self.backend.init_forward_metadata(batch)
-        outputs = []
-        for index in range(LAYERS):
-            q, k, v = (
-                torch.cat(
-                    [
-                        *(getattr(p, x)[index, p.length : end] for p, end in zip(prompts, after)),
-                        torch.zeros(padding, *getattr(prompts[0], x).shape[2:]),
-                    ]
-                )
-                for x in "qkv"
-            )
-            layer = Layer(index, HEADS, GROUP, DIM)
-            rows = (x.flatten(1).to(self.dtype) for x in (q, k, v))
-            out = getattr(self.backend, forward)(*rows, layer, batch)
-            assert out.dtype == self.dtype
-            assert out.shape == (len(q), HEADS * GROUP * DIM)
-            outputs.append(out.unflatten(1, (-1, DIM)))
-        for prompt, end in zip(prompts, after.tolist()):
-            prompt.length = end
-        whole = torch.stack(outputs)
-        return list(whole[:, : whole.shape[1] - padding].split(counts, 1))
-
-    def pages(self, prompt: Prompt) -> torch.Tensor:
-        return self.req_to_token[prompt.slot, : prompt.length : PAGE].long() // PAGE
-
-    def cached(self, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [layers, tokens, kv_heads, d] as the pages of a prompt say them."""
-        read = read_pages(self.pool, self.pages(prompt)).flatten(2, 3)[:, :, : prompt.length]
-        return read[KEYS], read[VALUES]
-
-
-def dense(prompt: Prompt, start: int, end: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention of tokens [start, end) in float64: [layers, tokens, q_heads, d]."""
-    q = prompt.q[:, start:end].double().transpose(1, 2)
-    k, v = (x[:, :end].double().transpose(1, 2).repeat_interleave(GROUP, 1) for x in (k, v))
-    mask = torch.ones(end - start, end).tril(start).bool()
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 def assert_dense(prompt: Prompt, out: torch.Tensor, start: int) -> None:

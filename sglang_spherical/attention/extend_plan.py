@@ -1,0 +1,78 @@
+"""What a batch of extends reads on a GPU, worked out once and used by every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sglang_spherical.pool.kv_pool import SphericalKVPool
+from spherical_kernels.extend.launch import MULTIPROCESSORS, run_extend, tuning_for
+from spherical_kernels.extend.new_tokens import NewTokens
+from spherical_kernels.extend.tables import build_tables, locate_entries
+
+ENTRY_BYTES = 16  # of a page, layer and KV head: two addresses
+MOST_ENTRY_BYTES = 64 << 20
+"""Addresses of as many layers are worked out together as fit."""
+
+
+class ExtendPlan:
+    """The prefixes and new tokens of one forward pass.
+
+    prefixes, lengths  tokens of every request, on the host; slots int [requests], on the device
+    """
+
+    def __init__(
+        self,
+        pool: SphericalKVPool,
+        req_to_token: torch.Tensor,
+        slots: torch.Tensor,
+        prefixes: Sequence[int],
+        lengths: Sequence[int],
+    ) -> None:
+        self.pool, self.req_to_token, self.slots = pool, req_to_token, slots
+        self.prefixes, self.lengths = list(prefixes), list(lengths)
+        self._group = 0  # query heads per KV head, once a layer has shown them
+        self._first_layer = 0
+        self._entries: torch.Tensor | None = None
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """q [tokens, q_heads, d], k and v [tokens, kv_heads, d] -> out like q."""
+        group = q.shape[1] // k.shape[1]
+        if group != self._group:
+            self._prepare(group, q, k, scale)
+        arena = self.pool.arena
+        out, _ = run_extend(
+            self.tables, arena.kinds, self.new_tokens, q, k, v, arena.bytes,
+            self._entries_of(layer), self.pool.frames.of_layer(layer), scale, self.tuning,
+        )  # fmt: skip
+        return out
+
+    def _prepare(self, group: int, q: torch.Tensor, k: torch.Tensor, scale: float) -> None:
+        layout, arena = self.pool.layout, self.pool.arena
+        self._group, self._entries = group, None
+        self.tuning = tuning_for(max(self.lengths, default=0) * group)
+        self.tables = build_tables(
+            self.req_to_token, self.slots, arena.page_level, self.prefixes, self.lengths,
+            page_size=layout.page_size, group=group, kinds=len(layout.levels),
+            tile_rows=self.tuning.tile_rows,
+            most_items=max(1, MULTIPROCESSORS * self.tuning.programs // layout.kv_heads),
+        )  # fmt: skip
+        self.new_tokens = NewTokens(
+            self.tables, q.shape[1], k.shape[1], layout.head_dim, scale, q.dtype
+        )
+
+    def _entries_of(self, layer: int) -> torch.Tensor:
+        """Addresses of the slices of all pages in a layer: int64 [kv_heads, pages, 2]."""
+        if self._entries is None or not 0 <= layer - self._first_layer < len(self._entries):
+            layout, arena = self.pool.layout, self.pool.arena
+            one_layer = len(self.tables.pages) * layout.kv_heads * ENTRY_BYTES
+            together = max(1, MOST_ENTRY_BYTES // max(one_layer, 1))
+            places = arena.places[:, layer : layer + together].long()
+            self._first_layer = layer
+            self._entries = locate_entries(
+                self.tables, arena.page_blocks, places[..., 0], places[..., 1], layout.block_bytes
+            )
+        return self._entries[layer - self._first_layer]

@@ -1,0 +1,63 @@
+"""The backend of the GPU, its kernels interpreted, against the backend of the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backend_tools import LAYERS, PAGE, Prompt, Runner
+
+from sglang_spherical.attention.kernel_backend import KernelAttnBackend
+from spherical_kernels.testing import assert_close
+
+# float16 operands in the kernels: 2**-12 of queries and weights, on logits of about 1.
+MAX, RMS = 1.5e-2, 2e-3
+
+
+class Pair:
+    """The same requests on both backends; outputs must agree, and so must the pages."""
+
+    def __init__(self) -> None:
+        self.cpu, self.gpu = Runner(), Runner(backend=KernelAttnBackend)
+        self.prompts: dict[int, tuple[Prompt, Prompt]] = {}
+
+    def prompt(self, slot: int) -> tuple[Prompt, Prompt]:
+        return self.prompts.setdefault(slot, (Prompt(slot, slot), Prompt(slot, slot)))
+
+    def extend(self, *chunks: tuple[int, int]) -> None:
+        pairs = [(self.prompt(slot), count) for slot, count in chunks]
+        expected = self.cpu.extend(*((pair[0], count) for pair, count in pairs))
+        self.compare(self.gpu.extend(*((pair[1], count) for pair, count in pairs)), expected)
+
+    def decode(self, *slots: int, padding: int = 0) -> None:
+        pairs = [self.prompt(slot) for slot in slots]
+        expected = self.cpu.decode(*(pair[0] for pair in pairs), padding=padding)
+        self.compare(self.gpu.decode(*(pair[1] for pair in pairs), padding=padding), expected)
+
+    @staticmethod
+    def compare(outs: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+        for out, wanted in zip(outs, expected, strict=True):
+            assert_close(out, wanted, max_error=MAX, rms_error=RMS)
+
+    def lower(self, slot: int, level: int, pages: slice) -> None:
+        """Re-encodes some full pages of a prompt on both sides."""
+        for runner, prompt in zip((self.cpu, self.gpu), self.prompt(slot)):
+            chosen = runner.pages(prompt)[: prompt.length // PAGE][pages]
+            runner.allocator.lower(chosen, 0, level)
+
+
+@pytest.mark.parametrize("chunks", [[70], [66, 1, 31], [64, 5]], ids=str)
+def test_a_prompt_in_chunks(chunks: list[int]) -> None:
+    pair = Pair()
+    for count in chunks:
+        pair.extend((1, count))
+
+
+def test_a_batch_of_extends_over_pages_of_every_level() -> None:
+    pair = Pair()
+    pair.extend((1, 100), (2, 16), (3, 33))
+    pair.lower(1, 1, slice(1, 4))
+    pair.lower(1, 2, slice(4, 6))
+    pair.lower(3, 2, slice(0, 2))
+    pair.extend((1, 20), (4, 9), (3, 1), (2, 40))
+    assert {int(level) for level in pair.gpu.pool.arena.page_level} == {0, 1, 2}
+    assert LAYERS > 1
