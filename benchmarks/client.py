@@ -39,7 +39,7 @@ def generate(url: str, prompt: str | list[int], new_tokens: int) -> Reply:
     body = answer.json()
     meta = body["meta_info"]
     return Reply(
-        body["text"],
+        body.get("text", ""),  # a server without a tokenizer sends none
         body["output_ids"],
         meta["prompt_tokens"],
         meta["cached_tokens"],
