@@ -6,7 +6,12 @@ DUMP.npz is that of key_fidelity.py. Of every fifth layer, keys are scored by th
 of attention (exact keys against coded ones), values by the relative error of attention's output
 under exact probabilities, both together by the relative error of the output. Statistics come from
 the window's first half, every eighth query of its second half is scored; the first 64 tokens, which
-hold the sinks, are exact, all others are coded.
+hold the sinks, are exact, all others are coded, from exact tokens unless a label says otherwise.
+
+    runs      one codec each, the product's but for the choice that the group names
+    heads     a pattern of its own for every head
+    exact     first and newest tokens that stay exact
+    by_layer  the product's warm and cold in every layer
 """
 
 from __future__ import annotations
@@ -14,203 +19,44 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from study_codecs import RADIUS_BITS, Codec, Head
+from study_codecs import Codec
+from study_layers import TIERS, Layer, compare, exact_tokens, per_head, tiers_of
+from study_runs import Run, runs
 from tqdm import tqdm
 
-from sglang_spherical.evaluation.attention import SAMPLE_EVERY, causal_attention
-from sglang_spherical.evaluation.scores import kl_divergence, rounded
+from sglang_spherical.evaluation.scores import rounded
 
-EXACT_TOKENS = 64
-SINK_TOKENS = 4
-AVERAGES = (4.0, 3.0, 2.5, 2.0, 1.5)
-PATTERNS = (
-    *((6, 4, 4, 2), (4, 4, 4, 4), (8, 4, 2, 2), (6, 4, 2, 2), (6, 4, 4, 0), (4, 4, 2, 2)),
-    *((6, 4, 2, 0), (4, 2, 2, 2), (4, 4, 2, 0), (4, 2, 2, 0), (2, 2, 2, 2), (4, 4, 0, 0)),
-    *((4, 2, 0, 0), (2, 2, 2, 0)),
-)
-ODD_PATTERNS = (
-    *((5, 4, 4, 3), (5, 5, 3, 3), (4, 4, 4, 3), (4, 4, 3, 3), (4, 3, 3, 2), (5, 3, 3, 1)),
-    *((3, 3, 3, 3), (4, 3, 2, 1), (3, 3, 2, 2), (3, 2, 2, 1), (3, 3, 1, 1), (2, 2, 1, 1)),
-)
-BASES = (Codec((6, 4, 4, 2)), Codec((4, 4, 4, 4)), Codec((4, 2, 2, 2)), Codec((2, 2, 2, 2)))
-SPLITS = ((5, 4, 4, 3), (4, 4, 4, 4), (4, 3, 3, 2), (4, 2, 2, 2), (2, 2, 2, 2), (3, 2, 2, 1))
+SIDES = ("keys", "values", "both")
+WORST = 4
+"""Layers shown of all: those that cold keys hurt most."""
+
+MARKS = {
+    "even pattern": "o",
+    "odd pattern": "*",
+    "bands of": "s",
+    "water-filling": "^",
+    "radius": "D",
+    "levels": "x",
+    "planes": "+",
+}
 
 
-@dataclass(frozen=True)
-class Run:
-    """A codec in its part of the study. `after`: what the tokens have been through before."""
-
-    group: str
-    label: str
-    codec: Codec
-    after: Codec | None = None
-
-
-def runs(d: int) -> list[Run]:
-    """All parts of the study that look at one side alone."""
-    found = [Run("pattern", name(bits), Codec(bits)) for bits in PATTERNS]
-    found += [Run("odd pattern", name(bits), Codec(bits)) for bits in ODD_PATTERNS]
-    found += widths(d) + choices() + planes() + cheaper()
-    return found
-
-
-def name(bits: tuple[int, ...]) -> str:
-    return "-".join(map(str, bits))
-
-
-def widths(d: int) -> list[Run]:
-    """Bands of 16, 32 and 64 channels, with a radius each: patterns, and water-filling."""
+def averaged(layers: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The same rows of several layers as one: means of what is a float."""
     found = []
-    for width in (w for w in (16, 32, 64, 128) if w <= d):
-        count = d // width
-        patterns = [b.bits for b in BASES if b.bits] if count >= 4 else []
-        patterns += [(6, 2), (4, 4), (4, 2), (4, 0), (2, 2)] if count == 2 else []
-        patterns += [(4,), (2,)] if count == 1 else []
-        for bits in patterns:
-            spread = tuple(b for b in bits for _ in range(max(count // 4, 1)))
-            found.append(Run(f"bands of {width}", name(bits), Codec(spread)))
-        for average in AVERAGES if count > 1 else ():
-            codec = Codec(average=average, bands=count)
-            found.append(Run(f"water-filling, bands of {width}", f"{average:g}", codec))
-    return found
-
-
-def choices() -> list[Run]:
-    """One choice at a time, beside the product's."""
-    found = []
-    changes: tuple[tuple[str, tuple[dict[str, Any], ...]], ...] = (
-        ("page", tuple({"page": page} for page in (16, 32, 64, 128))),
-        ("weight", tuple({"weight": weight} for weight in ("sqrt", "gain", "none"))),
-        ("step", ({"step": "search"}, {"step": "gaussian"})),
-        ("radius", tuple({"radius": r} for r in RADIUS_BITS)),
-        (
-            "shared radii",
-            tuple({"radii": n, "radius": r} for n in (2, 1) for r in ("log8", "log4")),
-        ),
-        ("centroid", tuple({"centroid": c} for c in ("bf16", "coded", "coded4", "none"))),
-        ("levels", tuple({"levels": x} for x in ("uniform", "lloyd", "pair", "polar"))),
-    )
-    for group, options in changes:
-        for change in options:
-            for base in BASES:
-                uneven = base.bits is not None and len(set(base.bits)) > 1
-                if change.get("levels") in ("pair", "polar") and uneven:
-                    continue
-                label = " ".join(map(str, change.values()))
-                found.append(
-                    Run(group, f"{name(base.bits or ())} {label}", replace(base, **change))
-                )
-    return found
-
-
-def planes() -> list[Run]:
-    """Two bits less: dropped in place, or coded anew."""
-    found = []
-    for fine, coarse in (((6, 4, 4, 2), (4, 2, 2, 0)), ((4, 4, 4, 4), (2, 2, 2, 2))):
-        for levels in ("dropped", "refitted"):
-            codec = Codec(coarse, levels=levels)
-            found.append(Run("planes", f"{name(coarse)} {levels}", codec))
-        found.append(Run("planes", f"{name(coarse)} coded anew", Codec(coarse), Codec(fine)))
-        found.append(Run("planes", f"{name(coarse)} from exact", Codec(coarse)))
-    return found
-
-
-def cheaper() -> list[Run]:
-    """Patterns with fewer and smaller radii and a 4-bit centroid, by counted bits."""
-    patterns = ((5, 4, 4, 3), (4, 4, 4, 4), (4, 3, 3, 2), (4, 2, 2, 2))
-    patterns += ((3, 3, 2, 2), (3, 2, 2, 1), (2, 2, 2, 2))
-    radii = ((0, "e4m4"), (0, "e3m3"), (0, "e2m2"), (2, "e3m3"), (2, "e2m2"), (1, "log8"))
-    found = []
-    for bits in patterns:
-        for count, radius in radii:
-            codec = Codec(bits, radii=count, radius=radius, centroid="coded4")
-            found.append(Run("cheaper", f"{name(bits)} {count or 4} {radius}", codec))
-    for bits, radius in (((4, 4), "e3m3"), ((2, 2), "e3m3"), ((4,), "log8"), ((2,), "log8")):
-        codec = Codec(bits, radius=radius, centroid="coded4")
-        found.append(Run("cheaper", f"{name(bits)} own {radius}", codec))
-    return found
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer of the dump, and what its exact attention gives.
-
-    q [kv_heads, group, queries, d] scaled; k, v [kv_heads, tokens, d]; p [.., queries, tokens]
-    """
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    keys: Head
-    values: Head
-    p: torch.Tensor
-    out: torch.Tensor
-
-    @classmethod
-    def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Layer:
-        """From the dump: q [q_heads, tokens, d], k and v [kv_heads, tokens, d]."""
-        q, k, v = q.float(), k.float(), v.float()
-        half = k.shape[1] // 2
-        q = q.unflatten(0, (len(k), -1))
-        gain = q[:, :, SINK_TOKENS:half].square().mean((1, 2)).sqrt() + 1e-6
-        q = q[:, :, half:] * k.shape[-1] ** -0.5
-        p = causal_attention(q, k, SAMPLE_EVERY)
-        sides = [statistics(k, gain), statistics(v, torch.ones_like(gain))]
-        return cls(q, k, v, *sides, p, p @ v.unsqueeze(1))
-
-    def keys_read(self, codec: Codec, after: Codec | None) -> torch.Tensor:
-        """Probabilities with coded keys."""
-        return causal_attention(self.q, coded(self.k, self.keys, codec, after), SAMPLE_EVERY)
-
-    def values_read(self, codec: Codec, after: Codec | None) -> torch.Tensor:
-        return coded(self.v, self.values, codec, after)
-
-    def output_error(self, p: torch.Tensor, v: torch.Tensor) -> float:
-        """Relative error of attention's output."""
-        return float((p @ v.unsqueeze(1) - self.out).norm() / self.out.norm())
-
-
-def statistics(x: torch.Tensor, gain: torch.Tensor) -> Head:
-    """What a calibrated frame rests on, from the first half of x [kv_heads, tokens, d]."""
-    seen = x[:, : x.shape[1] // 2]
-    pages = seen[:, EXACT_TOKENS:].unflatten(1, (-1, 64))
-    spread = (pages - pages.mean(2, keepdim=True)).square().mean((1, 2)).sqrt() + 1e-6
-    return Head(seen[:, SINK_TOKENS:].mean(1), gain, spread)
-
-
-def coded(x: torch.Tensor, head: Head, codec: Codec, after: Codec | None) -> torch.Tensor:
-    if after is not None:
-        x = coded(x, head, after, None)
-    read = codec.code(x, head)
-    read[:, :EXACT_TOKENS] = x[:, :EXACT_TOKENS]
-    return read
-
-
-def measure(layer: Layer, study: list[Run]) -> dict[tuple[str, str, str], float]:
-    """Distortion in one layer by (side, group, label)."""
-    found: dict[tuple[str, str, str], float] = {}
-    known: dict[tuple[Codec, Codec | None], tuple[float, float]] = {}
-    for run in study:
-        key = run.codec, run.after
-        if key not in known:
-            divergence = kl_divergence(layer.p, layer.keys_read(*key)).mean()
-            known[key] = (
-                float(divergence),
-                layer.output_error(layer.p, layer.values_read(*key)),
-            )
-        for side, figure in zip(("keys", "values"), known[key]):
-            found[side, run.group, run.label] = figure
-    values = {bits: layer.values_read(Codec(bits), None) for bits in SPLITS}
-    for keys in SPLITS:
-        p = layer.keys_read(Codec(keys), None)
-        for bits, v in values.items():
-            found["both", "split", f"{name(keys)} {name(bits)}"] = layer.output_error(p, v)
+    for rows in zip(*layers):
+        means = {
+            k: rounded(sum(row[k] for row in rows) / len(rows))
+            for k, x in rows[0].items()
+            if isinstance(x, float)
+        }
+        found.append(rows[0] | means)
     return found
 
 
@@ -237,7 +83,33 @@ def report(found: list[dict[tuple[str, str, str], float]], study: list[Run], d: 
     return rows
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def show(found: dict[str, Any]) -> None:
+    """The report's tables."""
+    show_runs(found["runs"])
+    print("keys, a pattern per head: chosen, and the best there is")
+    for row in found["heads"]:
+        print(
+            f"  {row['bits']} bits, {row['among']:18}{row['chosen']:>11.5f}{row['oracle']:>11.5f}"
+        )
+    print("exact tokens: keys' KL, values' error, error of both")
+    for row in found["exact"]:
+        label = f"{row['tier']}, first {row['first']}, newest {row['newest']}"
+        print(f"  {label:32}{row['kl']:>11.5f}{row['output_error']:>11.4f}{row['both']:>11.4f}")
+    print("layers: largest key, and around the centre; by tier keys' KL, error of both")
+    layers = found["by_layer"]
+    for row in sorted(layers, key=lambda r: -r["cold"]["kl"])[:WORST]:
+        sizes = f"{row['largest_key']:>9.1f}{row['largest_centred_key']:>9.1f}"
+        tiers = "".join(f"{row[t]['kl']:>11.5f}{row[t]['both']:>9.4f}" for t in TIERS)
+        print(f"  {row['layer']:>3}{sizes}{tiers}")
+    means = "".join(
+        f"{sum(r[t][what] for r in layers) / len(layers):>{width}.{digits}f}"
+        for t in TIERS
+        for what, width, digits in (("kl", 11, 5), ("both", 9, 4))
+    )
+    print(f"  mean of all          {means}")
+
+
+def show_runs(rows: list[dict[str, Any]]) -> None:
     """Keys and values side by side; K:V splits below."""
     sides = {s: {(r["group"], r["label"]): r for r in rows if r["side"] == s} for s in SIDES}
     print(f"{'':34}{'codes':>7}{'counted':>9}{'keys: KL':>11}{'values: error':>15}")
@@ -255,18 +127,6 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(f"  {row['label']:32}{bits}{row['output_error']:>26.4f}")
 
 
-SIDES = ("keys", "values", "both")
-MARKS = {
-    "pattern": "o",
-    "odd pattern": "*",
-    "bands of": "s",
-    "water-filling": "^",
-    "cheaper": "D",
-    "levels": "x",
-    "planes": "+",
-}
-
-
 def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     """Distortion (log) against counted bits; one panel per side."""
     import matplotlib
@@ -274,7 +134,7 @@ def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(13, 6), layout="constrained")
     for axes, side, measure in zip(panels, SIDES, ("kl", "output_error")):
         for group, mark in MARKS.items():
             mine = [r for r in rows if r["side"] == side and r["group"].startswith(group)]
@@ -282,8 +142,14 @@ def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
             axes.plot(*at, mark, label=group, alpha=0.7, ms=5)
             for row in mine if group.endswith("pattern") else ():
                 where = row["counted_bits"], row[measure]
+                left = group.startswith("even")
                 axes.annotate(
-                    row["label"], where, xytext=(4, 3), textcoords="offset points", size=7
+                    row["label"],
+                    where,
+                    xytext=(-4 if left else 4, 3),
+                    ha="right" if left else "left",
+                    textcoords="offset points",
+                    size=6,
                 )
         axes.set_yscale("log")
         axes.set_xlabel("bits per value: codes, radii, header")
@@ -308,20 +174,34 @@ def main() -> int:
         print(f"error: {args.dump}: no such file", file=sys.stderr)
         return 2
     with np.load(args.dump) as dump:
-        q, k, v = (torch.from_numpy(dump[which])[:: args.every] for which in "qkv")
+        q, k, v = (torch.from_numpy(dump[which]) for which in "qkv")
     study, d = runs(k.shape[-1]), k.shape[-1]
+    compared, heads, exact, by_layer = [], [], [], []
     with torch.inference_mode():
-        layers = tqdm(zip(q, k, v), total=len(k), unit="layer")
-        found = [measure(Layer.of(*layer), study) for layer in layers]
-    rows = report(found, study, d)
-    title = f"{args.dump.name}: {len(k)} layers of {k.shape[1]} KV heads, d = {d}"
+        for number in tqdm(range(len(k)), unit="layer"):
+            layer = Layer.of(q[number], k[number], v[number])
+            by_layer.append(tiers_of(layer, number))
+            if number % args.every == 0:
+                compared.append(compare(layer, study))
+                heads.append(per_head(layer))
+                exact.append(exact_tokens(layer))
+    found = {
+        "dump": args.dump.name,
+        "every": args.every,
+        "layers": len(compared),
+        "head_dim": d,
+        "runs": report(compared, study, d),
+        "heads": averaged(heads),
+        "exact": averaged(exact),
+        "by_layer": by_layer,
+    }
+    title = f"{args.dump.name}: {len(compared)} layers of {k.shape[1]} KV heads, d = {d}"
     print(title)
-    show(rows)
+    show(found)
     if args.json is not None:
-        head = {"dump": args.dump.name, "every": args.every, "layers": len(k), "head_dim": d}
-        args.json.write_text(json.dumps(head | {"runs": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
     if args.plot is not None:
-        plot(args.plot, rows, title)
+        plot(args.plot, found["runs"], title)
     return 0
 
 
