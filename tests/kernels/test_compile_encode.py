@@ -59,6 +59,23 @@ for tuning in (SMALL_TUNING, TUNING):
     usage(encode_tokens_kernel, types, constants, {"num_tokens"}, tuning.warps)
 """
 
+RETIER = """
+from spherical_kernels.retier.kernel import reencode_slices
+from spherical_kernels.retier.launch import kernel_constants, tuning_for
+
+d, old, new = map(int, sys.argv[1:])
+types = {
+    "Arena": "*u8", "PageBlocks": "*i32", "Pages": "*i64", "Places": "*i32", "Turns": "*fp16",
+    "TurnScales": "*fp32", "Scratch": "*u8", "first_page": "i32", "num_pages": "i32",
+    "block_bytes": "i32",
+}
+tuning = tuning_for(d)
+layouts = [slice_layout(PATTERNS[i], 64, d) for i in (old, new)]
+constants = kernel_constants(*layouts)
+constants = constants | {"SIDE": 0, "H": 52, "STAGES": tuning.stages, "PTX": True}
+usage(reencode_slices, types, constants, {"first_page", "num_pages"}, tuning.warps)
+"""
+
 
 def compile_apart(script: str, *arguments: object) -> str:
     """What cuobjdump says of the kernels that a script compiles."""
@@ -81,3 +98,11 @@ def assert_no_spills(usage: str, kernels: int) -> None:
 @pytest.mark.parametrize(("d", "pattern"), [(128, 0), (64, 0), (96, 0), (256, 0), (128, 1)])
 def test_encoder_compiles_without_spills(d: int, pattern: int) -> None:
     assert_no_spills(compile_apart(ENCODE, d, pattern), 2)
+
+
+@pytest.mark.parametrize(
+    ("d", "old", "new"),
+    [(128, 0, 2), (128, 2, 5), (128, 3, 6), (64, 0, 3), (96, 0, 2), (256, 0, 2), (128, 1, 5)],
+)
+def test_retiering_compiles_without_spills(d: int, old: int, new: int) -> None:
+    assert_no_spills(compile_apart(RETIER, d, old, new), 1)

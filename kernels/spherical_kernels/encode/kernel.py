@@ -26,14 +26,13 @@ def rotate(y, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # a graph of any batch runs the same code
 def encode_tokens_kernel(
     Arena, PageBlocks, Loc, K, V, Places, Centre, Signs,
     num_tokens, k_row, k_head, v_row, v_head, block_bytes,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    BITS: tl.constexpr,
-    PAGE: tl.constexpr, RADII: tl.constexpr, TILE: tl.constexpr, H: tl.constexpr,
-    ROWS: tl.constexpr,
+    BITS: tl.constexpr, PAGE: tl.constexpr, RADII: tl.constexpr, TILE: tl.constexpr,
+    H: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens of one KV head, keys or values, by every program.
 

@@ -1,0 +1,57 @@
+"""How benchmarks time: medians over CUDA graph replays, beside the GPU's own copy bandwidth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+
+FLUSH_BYTES = 256 << 20
+"""Written between two launches, so that the second finds nothing of its own in the L2 cache."""
+
+
+def replay_us(function: Callable[[], object], replays: int = 20) -> float:
+    """Median microseconds of a replay of `function`'s CUDA graph."""
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    times = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+def launch_us(launches: list[Callable[[], object]], cold: bool) -> float:
+    """Microseconds of one of several launches in a graph; cold: each finds its L2 cache flushed.
+
+    The flushes' own time, of a graph without the launches, is taken off.
+    """
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+    def run(work: bool) -> None:
+        for launch in launches:
+            if cold:
+                flush.zero_()
+            if work:
+                launch()
+
+    whole = replay_us(lambda: run(True))
+    return (whole - (replay_us(lambda: run(False)) if cold else 0.0)) / len(launches)
+
+
+def copy_gb_s() -> float:
+    """Bytes read and written per second by a large device-to-device copy, in GB/s."""
+    source = torch.empty(1 << 30, dtype=torch.float32, device="cuda").normal_()
+    target = torch.empty_like(source)
+    ms = triton.testing.do_bench(
+        lambda: target.copy_(source), warmup=30, rep=150, return_mode="median"
+    )
+    return 2 * source.numel() * 4 / ms / 1e6

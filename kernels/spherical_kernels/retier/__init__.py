@@ -1,0 +1,1 @@
+"""Pages re-encoded at a lower level; the reference is codec.pages: decode, then encode."""
