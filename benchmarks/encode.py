@@ -93,14 +93,9 @@ class Cache:
     ) -> None:
         encode_tokens(
             self.arena.bytes, self.arena.page_blocks, loc, k, v, self.places[0][layer],
-            self.centres[layer], self.signs, self.layout.block_bytes,
+            self.frames.centre[:, layer], self.signs, self.layout.block_bytes,
             self.layout.side_layouts(0)[0], tuning,
         )  # fmt: skip
-
-    @property
-    def centres(self) -> list[torch.Tensor]:
-        """[2, heads, d] of every layer."""
-        return [c.contiguous() for c in self.frames.centre.unbind(1)]
 
     def reencode(self, old: int, pages: torch.Tensor, **options: Any) -> None:
         reencode_pages(
@@ -147,17 +142,11 @@ def measure_encode(cache: Cache, n: int, copy: float, sweep: bool) -> dict[str, 
     tokens = [cache.tokens(n, layer) for layer in range(LAYERS)]
     far = check_encode(cache, places, *tokens[0])
 
-    centres = cache.centres
-
     def launches(tuning: EncodeTuning | None) -> list[Callable[[], None]]:
         return [
-            lambda layer=layer, kv=kv: encode_tokens(
-                cache.arena.bytes, cache.arena.page_blocks, places, *kv, cache.places[0][layer],
-                centres[layer], cache.signs, cache.layout.block_bytes,
-                cache.layout.side_layouts(0)[0], tuning,
-            )
+            lambda layer=layer, kv=kv: cache.encode(places, *kv, layer, tuning)
             for layer, kv in enumerate(tokens)
-        ]  # fmt: skip
+        ]
 
     moved = n * HEADS * 2 * (2 * D + D + 2)
     row = {
@@ -190,7 +179,7 @@ def check_reencode(cache: Cache, old: int) -> dict[str, float]:
     ours = arena.bytes.clone()
     arena.bytes.copy_(kept)
     arena.set_level(pages, old)
-    lower_pages(arena, cache.frames, pages, old, old + 1)
+    lower_pages(arena, cache.frames, pages, old, old + 1, kernels=False)
     _, after = arena.locate(pages)
     sums = dict.fromkeys(("radii", "codes", "ours", "theirs"), 0.0)
     for side in range(2):

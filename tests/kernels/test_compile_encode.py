@@ -51,7 +51,7 @@ d, pattern = map(int, sys.argv[1:])
 types = {
     "Arena": "*u8", "PageBlocks": "*i32", "Loc": "*i64", "K": "*bf16", "V": "*bf16",
     "Places": "*i32", "Centre": "*fp32", "Signs": "*fp32", "num_tokens": "i32", "k_row": "i32",
-    "k_head": "i32", "v_row": "i32", "v_head": "i32", "block_bytes": "i32",
+    "k_head": "i32", "v_row": "i32", "v_head": "i32", "centre_side": "i32", "block_bytes": "i32",
 }
 for tuning in (SMALL_TUNING, TUNING):
     constants = kernel_constants(slice_layout(PATTERNS[pattern], 64, d))

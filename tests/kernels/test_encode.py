@@ -31,7 +31,8 @@ class Pages:
         self.page_blocks = blocks.view(PAGES, SLOTS).int()
         self.arena = poison(torch.empty(PAGES * SLOTS * self.block_bytes, dtype=torch.uint8))
         self.rotation = signed_hadamard(d)
-        self.centre = torch.randn(2, HEADS, d, generator=self.rng)
+        # of one layer of three
+        self.centre = torch.randn(2, 3, HEADS, d, generator=self.rng)[:, 1]
 
     def encode(self, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **tuning: object) -> None:
         arena = self.arena.to(DEVICE)

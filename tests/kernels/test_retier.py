@@ -92,7 +92,7 @@ class Case:
         """The arena's bytes after the pool's re-tiering in the frames A `matrix`."""
         before, kept = self.arena.bytes.clone(), self.frames.matrix
         self.frames.matrix = matrix
-        lower_pages(self.arena, self.frames, self.pages, self.old, self.new)
+        lower_pages(self.arena, self.frames, self.pages, self.old, self.new, kernels=False)
         found = self.arena.bytes.clone()
         self.arena.bytes.copy_(before)
         self.arena.set_level(self.pages, self.old)

@@ -29,7 +29,7 @@ def rotate(y, BLOCK: tl.constexpr, STAGES: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tokens"])  # a graph of any batch runs the same code
 def encode_tokens_kernel(
     Arena, PageBlocks, Loc, K, V, Places, Centre, Signs,
-    num_tokens, k_row, k_head, v_row, v_head, block_bytes,
+    num_tokens, k_row, k_head, v_row, v_head, centre_side, block_bytes,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     BITS: tl.constexpr, PAGE: tl.constexpr, RADII: tl.constexpr, TILE: tl.constexpr,
     H: tl.constexpr, ROWS: tl.constexpr,
@@ -38,9 +38,9 @@ def encode_tokens_kernel(
 
     Arena       uint8, addresses inside it are multiples of 16
     PageBlocks  int32 [num_pages, H]; Loc int64 [num_tokens]
-    K, V        [num_tokens, kv_heads, D], strides in elements
+    K, V        [num_tokens, kv_heads, D]; strides are in elements
     Places      int32 [kv_heads, 2, 2]: slot and byte offset of the slice
-    Centre      float32 [2, kv_heads, D]; Signs float32 [D], signs times the rotation's scale
+    Centre      float32 [2, kv_heads, D], heads contiguous; Signs float32 [D], signs times the rotation's scale
     """
     head = tl.program_id(1)
     side = tl.program_id(2)
@@ -61,7 +61,7 @@ def encode_tokens_kernel(
     else:
         at = row.to(tl.int64)[:, None] * v_row + head * v_head + d[None, :]
         x = tl.load(V + at, mask=known, other=0.0).to(tl.float32)
-    centre = Centre + (side * tl.num_programs(1) + head) * D + d
+    centre = Centre + side.to(tl.int64) * centre_side + head * D + d
     centre = tl.load(centre, mask=inside, other=0.0)
     signs = tl.load(Signs + d, mask=inside, other=0.0)
     y = rotate((x - centre[None, :]) * signs[None, :], BLOCK, STAGES)

@@ -79,7 +79,7 @@ def encode_tokens(
     loc          int64 [n], page * page_size + place; rows of one place all write, any of them wins
     k, v         the last dimension contiguous, any other strides
     places       int32 [kv_heads, 2 (keys, values), 2 (block of the page, byte offset)]
-    centre       float32 [2, kv_heads, d], contiguous
+    centre       float32 [2, kv_heads, d], contiguous but for the first dimension
     signs        float32 [d], of `rotation_signs`
     layout       of the hot slices, the same for keys and values
     """
@@ -96,13 +96,18 @@ def encode_tokens(
             f"places, centre: expected [{kv_heads}, 2, 2] and [2, {kv_heads}, {d}], got "
             f"{list(places.shape)} and {list(centre.shape)}"
         )
+    if not centre[0].is_contiguous() or not places.is_contiguous():
+        raise ValueError(
+            "places, centre: expected contiguous tensors but for centre's first dimension, got "
+            f"strides {places.stride()} and {centre.stride()}"
+        )
     if n == 0:
         return
     if tuning is None:
         tuning = SMALL_TUNING if n <= SMALL_TOKENS else TUNING
     encode_tokens_kernel[(-(-n // tuning.rows), kv_heads, 2)](
         arena, page_blocks, loc, k, v, places, centre, signs,
-        n, k.stride(0), k.stride(1), v.stride(0), v.stride(1), block_bytes,
+        n, k.stride(0), k.stride(1), v.stride(0), v.stride(1), centre.stride(0), block_bytes,
         **kernel_constants(layout), H=page_blocks.shape[1], ROWS=tuning.rows,
         num_warps=tuning.warps,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from ..codec.pages import GAUSSIAN_STEP
 from ..codec.slices import SliceLayout
 from .kernel import place_slices, reencode_slices
 
+SIDES = 0, 1  # keys, values
 SCRATCH_BYTES = 48 << 20
 """Most that the scratch memory takes, where a page is not larger: what stays in an H200's L2."""
 
@@ -110,17 +111,17 @@ def reencode_pages(
     for first in range(0, len(pages), at_once):
         count = min(at_once, len(pages) - first)
         splits = min(count, -(-tuning.programs // slices))
-        for side in (0, 1):
+        for which in SIDES:
             reencode_slices[(slices, splits)](
-                arena, page_blocks, pages, old_places, turns.matrices, turns.scales, scratch[side],
-                first, count, block_bytes, SIDE=side, H=columns, STAGES=tuning.stages, PTX=on_gpu,
-                **kernel_constants(old[side], new[side]), num_warps=tuning.warps,
+                arena, page_blocks, pages, old_places, turns.matrices, turns.scales, scratch[which],
+                first, count, block_bytes, SIDE=which, H=columns, STAGES=tuning.stages, PTX=on_gpu,
+                **kernel_constants(old[which], new[which]), num_warps=tuning.warps,
             )  # fmt: skip
-        for side in (0, 1):
-            size = new[side].size_bytes
+        for which in SIDES:
+            size = new[which].size_bytes
             place_slices[(slices, count)](
-                arena, page_blocks, pages, new_places, scratch[side], first, block_bytes,
-                SIDE=side, H=columns, SIZE=size, BLOCK=int(triton.next_power_of_2(size // 8)),
+                arena, page_blocks, pages, new_places, scratch[which], first, block_bytes,
+                SIDE=which, H=columns, SIZE=size, BLOCK=int(triton.next_power_of_2(size // 8)),
             )  # fmt: skip
 
 
