@@ -21,6 +21,9 @@ COLUMNS = (
     ("value error", "value_error", "{:.2%}"),
 )
 
+NEAR_BITS, NEAR_KL = 0.5, 1.5
+"""Points of the plot closer than this, in bits and as a ratio of divergences, are labelled once."""
+
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
     """Replaces `path` at once, so that a reader or an interrupt never sees half a file."""
@@ -31,16 +34,36 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """The runs as aligned columns; a run without a figure has a dash."""
+    """The runs as an aligned Markdown table; a run without a figure has a dash."""
     rows = [[title for title, _, _ in COLUMNS]]
     for run in runs:
         rows.append([form.format(run[key]) if key in run else "-" for _, key, form in COLUMNS])
     widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
     lines = []
     for first, *rest in rows:
         cells = [first.ljust(widths[0]), *(x.rjust(w) for x, w in zip(rest, widths[1:]))]
-        lines.append("  ".join(cells))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _clusters(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Runs so near each other in the plot that they share a label, upper ones first."""
+    clusters: list[list[dict[str, Any]]] = []
+    for run in sorted(runs, key=lambda run: -run["kl_mean"]):
+        for near in clusters:
+            bits = abs(near[-1]["bits_per_value"] - run["bits_per_value"])
+            if bits < NEAR_BITS and near[-1]["kl_mean"] < NEAR_KL * run["kl_mean"]:
+                near.append(run)
+                break
+        else:
+            clusters.append([run])
+    return clusters
+
+
+def _names(runs: list[dict[str, Any]]) -> str:
+    names = [run["name"] for run in runs]
+    return ", ".join(names) if len(names) <= 2 else f"{names[0]} to {names[-1]} ({len(names)})"
 
 
 def plot(path: Path, report: dict[str, Any]) -> None:
@@ -55,11 +78,12 @@ def plot(path: Path, report: dict[str, Any]) -> None:
     ours = [run for run in coded if run["name"] in TIERS]
     for runs, style in (ours, "o-"), ([run for run in coded if run not in ours], "x"):
         axes.plot([run["bits_per_value"] for run in runs], [run["kl_mean"] for run in runs], style)
-    for run in coded:
-        change = f": perplexity {run['ppl_change']:+.2%}" if run in ours else ""
-        at = run["bits_per_value"], run["kl_mean"]
-        label = f"{run['name']}{change}"
-        axes.annotate(label, at, xytext=(7, 5), textcoords="offset points", fontsize=8)
+    labels = [([run], f"{run['name']}: perplexity {run['ppl_change']:+.2%}") for run in ours]
+    labels += [(near, _names(near)) for near in _clusters([r for r in coded if r not in ours])]
+    for runs, label in labels:
+        at = runs[0]["bits_per_value"], runs[0]["kl_mean"]
+        offset = (7, -11) if runs[0] in ours else (7, 5)
+        axes.annotate(label, at, xytext=offset, textcoords="offset points", fontsize=8)
     axes.set_yscale("log")
     axes.set_xlim(0, max(run["bits_per_value"] for run in coded) * 1.45)
     axes.set_ylim(top=max(run["kl_mean"] for run in coded) * 3)

@@ -186,7 +186,8 @@ def test_a_whole_evaluation(
     assert hot["kl_median"] <= hot["kl_p99"] and len(hot["attention_kl_layers"]) == 4
     assert plot.read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in shown] == ["run", "dense", "hot", "warm", "cold"]
+    names = [line.split()[1] for line in shown if "---" not in line]
+    assert names == ["run", "dense", "hot", "warm", "cold"]
 
 
 @pytest.mark.usefixtures("short_windows")
@@ -226,6 +227,8 @@ def foreign(path: Path) -> Path:
         (["--windows", "500"], "502 are needed, one to calibrate on"),
         (["--windows", "0"], "--windows"),
         (["--model", "/no/such/model"], "--model /no/such/model: expected a model directory"),
+        (["--device", "cuda:99"], "--device cuda:99: not usable here: use cpu"),
+        (["--device", "abacus"], "--device abacus: not usable here: use cpu"),
         (["--frames", "/no/such/file"], "frames file /no/such/file: no such file"),
         (["--frames", "CUT"], "cut short"),
         (["--frames", "FOREIGN"], "made for another model"),
@@ -275,9 +278,12 @@ def test_an_interrupt_keeps_the_windows_that_are_done(tiny_model: Path, tmp_path
     assert 1 <= found["windows"] < 30
     assert found["tokens"] == 256 * found["windows"]
     assert [run["name"] for run in found["runs"]] == ["dense", "hot"]
-    assert shown.startswith("run ")
+    assert shown.startswith("| run ")
 
 
 def test_the_table_has_dashes_where_nothing_was_measured() -> None:
     shown = report.table([{"name": "dense", "ppl": 19.26, "bits_per_value": 16.0}])
-    assert shown.splitlines()[1].split()[:4] == ["dense", "16.00", "19.2600", "-"]
+    titles, rule, row = shown.splitlines()
+    assert set(rule) <= set("|- :"), "Markdown"
+    assert titles.count("|") == rule.count("|") == row.count("|")
+    assert row.split()[1:8:2] == ["dense", "16.00", "19.2600", "-"]
