@@ -37,13 +37,14 @@ class Runner:
         pages: int = 60,
         dtype: torch.dtype = torch.float32,
         backend: type[SphericalAttnBackend] = SphericalAttnBackend,
+        device: str = "cpu",
     ) -> None:
-        self.dtype = dtype
-        self.pool = tiny_pool(pages)
+        self.dtype, self.device = dtype, device
+        self.pool = tiny_pool(pages, device)
         self.pool.kernels = issubclass(backend, KernelAttnBackend)
         poison(self.pool.arena.bytes)
         self.allocator = SphericalAllocator(self.pool)
-        self.req_to_token = torch.zeros(9, LONGEST + PAGE, dtype=torch.int32)
+        self.req_to_token = torch.zeros(9, LONGEST + PAGE, dtype=torch.int32, device=device)
         self.backend = backend(
             SimpleNamespace(
                 token_to_kv_pool=self.pool,
@@ -59,15 +60,19 @@ class Runner:
         after = before + torch.tensor([count for _, count in chunks])
         last = [int(self.req_to_token[p.slot, p.length - 1]) if p.length else -1 for p in prompts]
         total = int((after - before).sum())
-        loc = self.allocator.alloc_extend(before, before, after, after, torch.tensor(last), total)
+        starts, ends, last_loc = self.put(before, after, torch.tensor(last))
+        loc = self.allocator.alloc_extend(starts, before, ends, after, last_loc, total)
+        positions = [torch.arange(a, b) for a, b in zip(before.tolist(), after.tolist())]
+        slots, positions = self.put(torch.tensor([p.slot for p in prompts]), torch.cat(positions))
         batch = SimpleNamespace(
             forward_mode=ForwardMode.EXTEND,
-            req_pool_indices=torch.tensor([prompt.slot for prompt in prompts]),
-            seq_lens=after,
-            extend_prefix_lens=before.int(),
+            batch_size=len(prompts),
+            req_pool_indices=slots,
+            seq_lens=ends,
+            extend_prefix_lens=starts.int(),
             extend_prefix_lens_cpu=before.tolist(),
             extend_seq_lens_cpu=(after - before).tolist(),
-            positions=torch.cat([torch.arange(a, b) for a, b in zip(before, after)]),
+            positions=positions,
             out_cache_loc=loc,
         )
         return self._run(batch, prompts, after, (after - before).tolist(), "forward_extend")
@@ -76,15 +81,24 @@ class Runner:
         """One token more of every prompt, beside rows that only pad the batch."""
         after = torch.tensor([prompt.length + 1 for prompt in prompts])
         last = torch.tensor([int(self.req_to_token[p.slot, p.length - 1]) for p in prompts])
-        loc = self.allocator.alloc_decode(after, after, last)
         zeros = torch.zeros(padding, dtype=torch.int64)
+        slots = torch.cat([torch.tensor([p.slot for p in prompts]), zeros])
+        ends, last_loc, slots, zeros = self.put(after, last, slots, zeros)
+        loc = self.allocator.alloc_decode(ends, after, last_loc)
         batch = SimpleNamespace(
             forward_mode=ForwardMode.DECODE,
-            req_pool_indices=torch.cat([torch.tensor([p.slot for p in prompts]), zeros]),
-            seq_lens=torch.cat([after, zeros + 1]),
+            batch_size=len(slots),
+            req_pool_indices=slots,
+            seq_lens=torch.cat([ends, zeros + 1]),
             out_cache_loc=torch.cat([loc, zeros]),
         )
         return self._run(batch, prompts, after, [1] * len(prompts), "forward_decode", padding)
+
+    def put(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor.to(self.device) for tensor in tensors]
+
+    def plan(self, batch) -> None:  # type: ignore[no-untyped-def]
+        self.backend.init_forward_metadata(batch)
 
     def _run(self, batch, prompts, after, counts, forward, padding=0):  # type: ignore[no-untyped-def]
         starts = 0
@@ -92,7 +106,7 @@ class Runner:
             new = batch.out_cache_loc[starts : starts + count]
             self.req_to_token[prompt.slot, prompt.length : end] = new.int()
             starts += count
-        self.backend.init_forward_metadata(batch)
+        self.plan(batch)
         outputs = []
         for index in range(LAYERS):
             q, k, v = (
@@ -105,14 +119,14 @@ class Runner:
                 for x in "qkv"
             )
             layer = Layer(index, HEADS, GROUP, DIM)
-            rows = (x.flatten(1).to(self.dtype) for x in (q, k, v))
+            rows = (x.flatten(1).to(self.device, self.dtype) for x in (q, k, v))
             out = getattr(self.backend, forward)(*rows, layer, batch)
             assert out.dtype == self.dtype
             assert out.shape == (len(q), HEADS * GROUP * DIM)
             outputs.append(out.unflatten(1, (-1, DIM)))
         for prompt, end in zip(prompts, after.tolist()):
             prompt.length = end
-        whole = torch.stack(outputs)
+        whole = torch.stack(outputs).cpu()
         return list(whole[:, : whole.shape[1] - padding].split(counts, 1))
 
     def pages(self, prompt: Prompt) -> torch.Tensor:

@@ -48,11 +48,11 @@ def tiny_layout(**changes: int) -> PageLayout:
     return PageLayout.fit(**(TINY | changes), levels=default_levels(SphericalConfig("spherical")))
 
 
-def tiny_pool(pages: int, **changes: int) -> SphericalKVPool:
-    """A pool of `pages` hot pages on the CPU, its frames neither centred nor calibrated."""
+def tiny_pool(pages: int, device: str = "cpu", **changes: int) -> SphericalKVPool:
+    """A pool of `pages` hot pages, its frames neither centred nor calibrated."""
     layout = tiny_layout(**changes)
     size = pages * layout.page_size
-    return SphericalKVPool(size, layout, "cpu", False, 0, layout.layers)
+    return SphericalKVPool(size, layout, device, False, 0, layout.layers)
 
 
 class Layer:

@@ -86,8 +86,7 @@ class SphericalAttnBackend(AttentionBackend):
         k, v = k.view(-1, heads, d), v.view(-1, heads, d)
         queries = q.view(len(k), -1, d)
         if save_kv_cache:
-            positions = forward_batch.positions[: len(k)]
-            self.pool.observe(layer, queries, k, v, positions, self.allocator.pages_in_use)
+            self._observe(layer, queries, k, v, forward_batch)
             self._write(layer, k, v, forward_batch)
         out = torch.zeros_like(queries)
         start = 0
@@ -108,6 +107,18 @@ class SphericalAttnBackend(AttentionBackend):
     def _index(self, layer: Any) -> int:
         """The layer's place in this rank's pool."""
         return int(layer.layer_id - self.pool.start_layer)
+
+    def _observe(
+        self, layer: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, forward_batch: Any
+    ) -> None:
+        loc, page_size = forward_batch.out_cache_loc[: len(k)], self.pool.page_size
+
+        def older_pages() -> torch.Tensor:
+            opened = loc[loc % page_size == 0] // page_size  # nothing was in these before
+            pages = self.allocator.pages_in_use()
+            return pages[~torch.isin(pages, opened)]
+
+        self.pool.observe(layer, q, k, v, forward_batch.positions[: len(k)], older_pages)
 
     def _write(self, layer: Any, k: torch.Tensor, v: torch.Tensor, forward_batch: Any) -> None:
         heads, d = layer.tp_k_head_num, layer.head_dim

@@ -53,8 +53,7 @@ class KernelAttnBackend(SphericalAttnBackend):
         k, v = k.view(-1, heads, d), v.view(-1, heads, d)
         queries = q.view(len(k), -1, d)
         if save_kv_cache:
-            positions = forward_batch.positions[: len(k)]
-            self.pool.observe(layer, queries, k, v, positions, self.allocator.pages_in_use)
+            self._observe(layer, queries, k, v, forward_batch)
             self._write(layer, k, v, forward_batch)
         assert self.extend_plan is not None
         out = self.extend_plan.attend(self._index(layer), queries, k, v, layer.scaling)

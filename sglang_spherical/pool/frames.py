@@ -8,6 +8,8 @@ every page written since depends on them.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 
 from sglang_spherical.pool.arena import KEYS, VALUES
@@ -15,6 +17,7 @@ from sglang_spherical.pool.layout import SIDES
 from spherical_kernels.codec.frames import calibrated_frame, signed_hadamard
 from spherical_kernels.codec.patterns import FrameKind
 from spherical_kernels.decode.launch import DecodeFrames
+from spherical_kernels.retier.launch import Turns
 
 CENTRE_TOKENS = 64
 """Tokens of the first prefill whose mean may become a centre: fewer say little (a warm-up
@@ -187,6 +190,12 @@ class Frames:
             matrix, dual = (x.view_as(self.matrix[side]) for x in frames)
             self.matrix[side], self.dual[side] = matrix, dual
         self.calibrated = True
+        self.__dict__.pop("turns", None)
+
+    @cached_property
+    def turns(self) -> Turns:
+        """From hot codes into the calibrated frames."""
+        return Turns.between(self.rotation, self.matrix)
 
     @property
     def ready(self) -> bool:
@@ -200,4 +209,5 @@ class Frames:
         self.centre.zero_()
         self.centred = [False] * len(self.centred)
         self.calibrated = False
+        self.__dict__.pop("turns", None)
         self.statistics.reset()

@@ -138,7 +138,7 @@ class SphericalKVPool(KVCache):
 
     def lower(self, pages: torch.Tensor, old: int, new: int) -> torch.Tensor:
         """Re-encodes full pages [n] from level `old` to `new`; returns the blocks given back."""
-        return lower_pages(self.arena, self.frames, pages, old, new)
+        return lower_pages(self.arena, self.frames, pages, old, new, self.kernels)
 
     def forget(self) -> None:
         """The cache was flushed: frames gathered online start again."""

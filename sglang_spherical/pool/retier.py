@@ -1,4 +1,4 @@
-"""Re-encoding pages at another level, in place.
+"""Re-encoding pages at another level, in place: by kernels on a GPU, by the codec elsewhere.
 
 A page keeps its first n(level) blocks and gives the others back. Its new slices may overlap old
 ones
@@ -12,21 +12,29 @@ import torch
 from sglang_spherical.pool.arena import KEYS, VALUES, Arena
 from sglang_spherical.pool.frames import Frames
 from spherical_kernels.codec.pages import decode_slices, encode_slices
+from spherical_kernels.retier.launch import reencode_pages
 
 PAGES_AT_ONCE = 16
 """Bounds the temporary memory: so many pages' slices at the new level, one layer's as floats."""
 
 
 def lower_pages(
-    arena: Arena, frames: Frames, pages: torch.Tensor, old: int, new: int
+    arena: Arena, frames: Frames, pages: torch.Tensor, old: int, new: int, kernels: bool
 ) -> torch.Tensor:
     """Re-encodes pages int64 [n] from level `old` to level `new`; all must be full and uniform.
 
     Returns the blocks they no longer own, int32 [n * (n(old) - n(new))].
     """
     frames.calibrate()
-    for some in pages.split(PAGES_AT_ONCE):
-        _lower_some(arena, frames, some, old, new)
+    if kernels:
+        reencode_pages(
+            arena.bytes, arena.page_blocks, pages, arena.kinds[old], arena.kinds[new],
+            arena.places[old], arena.places[new], frames.turns, arena.layout.block_bytes,
+        )  # fmt: skip
+        arena.set_level(pages, new)
+    else:
+        for some in pages.split(PAGES_AT_ONCE):
+            _lower_some(arena, frames, some, old, new)
     kept, owned = arena.layout.blocks[new], arena.layout.blocks[old]
     return arena.page_blocks[pages, kept:owned].flatten()
 

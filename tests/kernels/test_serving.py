@@ -9,6 +9,8 @@ from backend_tools import LAYERS, PAGE, Prompt, Runner
 from sglang_spherical.attention.kernel_backend import KernelAttnBackend
 from spherical_kernels.testing import assert_close
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 # float16 operands in the kernels: 2**-12 of queries and weights, on logits of about 1.
 MAX, RMS = 1.5e-2, 2e-3
 
@@ -17,7 +19,7 @@ class Pair:
     """The same requests on both backends; outputs must agree, and so must the pages."""
 
     def __init__(self) -> None:
-        self.cpu, self.gpu = Runner(), Runner(backend=KernelAttnBackend)
+        self.cpu, self.gpu = Runner(), Runner(backend=KernelAttnBackend, device=DEVICE)
         self.prompts: dict[int, tuple[Prompt, Prompt]] = {}
 
     def prompt(self, slot: int) -> tuple[Prompt, Prompt]:
