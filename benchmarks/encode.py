@@ -27,7 +27,7 @@ from timing import copy_gb_s, launch_us
 
 from sglang_spherical.pool.arena import Arena
 from sglang_spherical.pool.frames import Frames
-from sglang_spherical.pool.layout import Level, PageLayout, split_descriptor
+from sglang_spherical.pool.layout import Level, PageLayout
 from sglang_spherical.pool.retier import lower_pages
 from spherical_kernels.codec.frames import calibrated_frame
 from spherical_kernels.codec.pages import code_directions, decode_slices, read_radii
@@ -69,10 +69,6 @@ class Cache:
                 target[side] = found.view(LAYERS, HEADS, D, D)
         self.signs = rotation_signs(self.frames.rotation)
         self.turns = Turns.between(self.frames.rotation, self.frames.matrix)
-        self.places = []
-        for level in range(len(LEVELS)):
-            _, slot, offset = split_descriptor(self.layout.descriptors(level))
-            self.places.append(torch.stack([slot, offset], -1).int().cuda())
 
     def tokens(self, n: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [n, heads, d] bf16, rows of one wider tensor as a projection makes them;
@@ -92,7 +88,7 @@ class Cache:
         tuning: EncodeTuning | None = None,
     ) -> None:
         encode_tokens(
-            self.arena.bytes, self.arena.page_blocks, loc, k, v, self.places[0][layer],
+            self.arena.bytes, self.arena.page_blocks, loc, k, v, self.arena.places[0, layer],
             self.frames.centre[:, layer], self.signs, self.layout.block_bytes,
             self.layout.side_layouts(0)[0], tuning,
         )  # fmt: skip
@@ -100,7 +96,7 @@ class Cache:
     def reencode(self, old: int, pages: torch.Tensor, **options: Any) -> None:
         reencode_pages(
             self.arena.bytes, self.arena.page_blocks, pages, self.layout.side_layouts(old),
-            self.layout.side_layouts(old + 1), self.places[old], self.places[old + 1], self.turns,
+            self.layout.side_layouts(old + 1), self.arena.places[old], self.arena.places[old + 1], self.turns,
             self.layout.block_bytes, **options,
         )  # fmt: skip
 

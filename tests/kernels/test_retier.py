@@ -7,7 +7,7 @@ import torch
 
 from sglang_spherical.pool.arena import Arena
 from sglang_spherical.pool.frames import Frames
-from sglang_spherical.pool.layout import Level, PageLayout, split_descriptor
+from sglang_spherical.pool.layout import Level, PageLayout
 from sglang_spherical.pool.retier import lower_pages
 from spherical_kernels.codec.frames import calibrated_frame
 from spherical_kernels.codec.pages import decode_slices, encode_slices
@@ -70,10 +70,6 @@ class Case:
                 slices = encode_slices(layout, x.flatten(0, 1), matrix.repeat(PAGES, 1, 1), centre)
                 self.arena.write_slices(layout, addresses[layer, ..., side].flatten(), slices)
 
-    def places(self, level: int) -> torch.Tensor:
-        _, slot, offset = split_descriptor(self.layout.descriptors(level))
-        return torch.stack([slot, offset], -1).int().to(DEVICE)
-
     def turns(self) -> Turns:
         return Turns.between(self.frames.rotation, self.frames.matrix)
 
@@ -84,7 +80,8 @@ class Case:
         reencode_pages(
             arena, self.arena.page_blocks.to(DEVICE), self.pages.to(DEVICE),
             self.layout.side_layouts(self.old), self.layout.side_layouts(self.new),
-            self.places(self.old), self.places(self.new), turns, self.layout.block_bytes, **options,
+            self.arena.places[self.old].to(DEVICE), self.arena.places[self.new].to(DEVICE), turns,
+            self.layout.block_bytes, **options,
         )  # fmt: skip
         return arena.cpu()
 

@@ -40,7 +40,8 @@ def encode_tokens_kernel(
     PageBlocks  int32 [num_pages, H]; Loc int64 [num_tokens]
     K, V        [num_tokens, kv_heads, D]; strides are in elements
     Places      int32 [kv_heads, 2, 2]: slot and byte offset of the slice
-    Centre      float32 [2, kv_heads, D], heads contiguous; Signs float32 [D], signs times the rotation's scale
+    Centre      float32 [2, kv_heads, D], heads contiguous
+    Signs       float32 [D], signs times the rotation's scale
     """
     head = tl.program_id(1)
     side = tl.program_id(2)

@@ -107,6 +107,7 @@ def reencode_pages(
         torch.empty(at_once * size, dtype=torch.uint8, device=arena.device) for size in page_bytes
     ]
     on_gpu = arena.device.type == "cuda" and torch.version.cuda is not None
+    pages = pages.contiguous()
     columns, tuning = page_blocks.shape[1], tuning or tuning_for(d)
     for first in range(0, len(pages), at_once):
         count = min(at_once, len(pages) - first)
