@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
 from sglang_spherical.attention.backend import SphericalAttnBackend
 from sglang_spherical.errors import StartupError
 from sglang_spherical.pool.kv_pool import SphericalKVPool
+
+OLDEST_GPU = (8, 0)
+"""Compute capability."""
 
 
 def build_backend(model_runner: Any) -> SphericalAttnBackend:
@@ -22,7 +26,21 @@ def build_backend(model_runner: Any) -> SphericalAttnBackend:
     for name, layer in model_runner.model.named_modules():
         if isinstance(layer, RadixAttention):
             _check_layer(name, layer)
-    return SphericalAttnBackend(model_runner)
+    if pool.arena.device.type == "cpu":
+        return SphericalAttnBackend(model_runner)
+    _check_gpu(pool.arena.device)
+    from sglang_spherical.attention.kernel_backend import KernelAttnBackend
+
+    return KernelAttnBackend(model_runner)
+
+
+def _check_gpu(device: torch.device) -> None:
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < OLDEST_GPU:
+        raise StartupError(
+            f"{torch.cuda.get_device_name(device)}: the kernels of --kv-format spherical need an "
+            f"NVIDIA GPU of compute capability {'.'.join(map(str, OLDEST_GPU))}: use --device cpu, "
+            "or --kv-format dense"
+        )
 
 
 def _check_layer(name: str, layer: Any) -> None:

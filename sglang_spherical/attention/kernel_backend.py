@@ -37,6 +37,8 @@ class KernelAttnBackend(SphericalAttnBackend):
                 forward_batch.extend_prefix_lens_cpu,
                 forward_batch.extend_seq_lens_cpu,
             )
+        else:
+            super().init_forward_metadata(forward_batch)
 
     def forward_extend(
         self,
