@@ -3,8 +3,9 @@
 usage: python benchmarks/serve_check.py [--engines dense eager graphs retract] [--model DIR]
        [--known FILE] [--json OUT]
 
-Without a model it makes a random one: four layers, four query and two KV heads of 128. Every engine answers the same prompts: alone, as a second turn on the cached first one, in one
-batch, and again after a flush. Prompts are longer than a prefill chunk. Exits with 1 when
+Without a model it makes a random one: four layers, four query and two KV heads of 128. Every engine
+answers the same prompts: alone, as a second turn on the cached first one, in one batch, and again
+after a flush. Prompts are longer than a prefill chunk. Exits with 1 when
 
 * the spherical answers of `eager` and `graphs`, one at a time, are not the same tokens,
 * an answer changes with a flush,
@@ -37,10 +38,16 @@ CHUNK = 256
 SPHERICAL = {"kv_format": "spherical", "page_size": PAGE}
 GPU = torch.cuda.is_available()
 ENGINES: dict[str, dict[str, Any]] = {
-    "dense": {"attention_backend": "triton" if GPU else "torch_native", "page_size": 1},
+    "dense": {
+        "attention_backend": "triton" if GPU else "torch_native",
+        "page_size": 1,
+        "disable_cuda_graph": True,
+    },
     "eager": SPHERICAL | {"disable_cuda_graph": True},
     "graphs": SPHERICAL | {"cuda_graph_max_bs_decode": 8},
     "no_overlap": SPHERICAL | {"disable_overlap_schedule": True, "cuda_graph_max_bs_decode": 8},
+    "prefill_graphs": SPHERICAL
+    | {"cuda_graph_max_bs_decode": 8, "disable_prefill_cuda_graph": False},
     "retract": SPHERICAL | {"cuda_graph_max_bs_decode": 8, "max_total_tokens": 4096},
 }
 COMMON = {
@@ -169,7 +176,7 @@ def shared(answers: list[list[int]], others: list[list[int]]) -> list[int]:
 def judge(found: dict[str, dict[str, Any]]) -> list[str]:
     """What is wrong, one line each."""
     faults = []
-    for name in ("eager", "graphs", "no_overlap"):
+    for name in ("eager", "graphs", "no_overlap", "prefill_graphs"):
         if name not in found:
             continue
         mine = found[name]
