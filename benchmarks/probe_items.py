@@ -135,8 +135,8 @@ def make_haystacks(
 
 def found(item: Item, answer: str) -> bool:
     """Whether an answer holds the number, or begins with the words, word for word."""
-    if item.kind == "quote":
-        return answer.split()[:CONTINUED_WORDS] == item.expected.split()
+    if item.kind == "quote":  # whose mark the answer may close at once
+        return answer.replace('"', " ").split()[:CONTINUED_WORDS] == item.expected.split()
     return re.search(rf"(?<!\d){item.expected}(?!\d)", answer) is not None
 
 

@@ -221,6 +221,7 @@ def test_a_number_is_found_whole(answer: str, right: bool) -> None:
     ("answer", "right"),
     [
         (" and the red Light\nwas seen by him, whole", True),
+        (' and the red Light was seen by him,"\n\nThe text', True),
         (" and the red light was seen by him,", False),
         (" so and the red Light was seen by him,", False),
         (" and the red Light was seen by", False),
