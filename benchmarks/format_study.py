@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from study_codecs import Codec
 from study_layers import TIERS, Layer, compare, exact_tokens, per_head, tiers_of
-from study_runs import Run, runs
+from study_runs import COLD, WARM, Run, name, runs
 from tqdm import tqdm
 
 from sglang_spherical.evaluation.scores import rounded
@@ -45,6 +45,8 @@ MARKS = {
     "levels": "x",
     "planes": "+",
 }
+CHOICES = "radius", "levels", "planes"
+"""Groups of which the plot shows what starts from the product's patterns."""
 
 
 def averaged(layers: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -128,29 +130,27 @@ def show_runs(rows: list[dict[str, Any]]) -> None:
 
 
 def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Distortion (log) against counted bits; one panel per side."""
+    """Distortion (log) against counted bits; one panel per side. Rings: the product."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(13, 6), layout="constrained")
-    for axes, side, measure in zip(panels, SIDES, ("kl", "output_error")):
+    for place, (axes, measure) in enumerate(zip(panels, ("kl", "output_error"))):
+        mine = [r for r in rows if r["side"] == SIDES[place]]
+        ours = [name(WARM[place]), name(COLD[place])]
         for group, mark in MARKS.items():
-            mine = [r for r in rows if r["side"] == side and r["group"].startswith(group)]
-            at = [r["counted_bits"] for r in mine], [r[measure] for r in mine]
+            shown = [r for r in mine if r["group"].startswith(group)]
+            if group in CHOICES:
+                shown = [r for r in shown if r["label"].split()[0] in ours]
+            at = [r["counted_bits"] for r in shown], [r[measure] for r in shown]
             axes.plot(*at, mark, label=group, alpha=0.7, ms=5)
-            for row in mine if group.endswith("pattern") else ():
-                where = row["counted_bits"], row[measure]
-                left = group.startswith("even")
-                axes.annotate(
-                    row["label"],
-                    where,
-                    xytext=(-4 if left else 4, 3),
-                    ha="right" if left else "left",
-                    textcoords="offset points",
-                    size=6,
-                )
+        patterns = [r for r in mine if r["group"].endswith("pattern")]
+        product = [r for r in patterns if r["label"] in ours]
+        at = [r["counted_bits"] for r in product], [r[measure] for r in product]
+        axes.plot(*at, "o", mfc="none", mec="k", ms=12, label="product")
+        label_points(axes, [(r["counted_bits"], r[measure], r["label"]) for r in patterns])
         axes.set_yscale("log")
         axes.set_xlabel("bits per value: codes, radii, header")
         axes.grid(alpha=0.3, which="both")
@@ -160,6 +160,14 @@ def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     figure.suptitle(title, size=10)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def label_points(axes: Any, points: list[tuple[float, float, str]]) -> None:
+    """Labels beside points (x, y, label), left and right in turn so that they stay apart."""
+    for place, (x, y, label) in enumerate(sorted(points)):
+        side = "left" if place % 2 else "right"
+        shift = (7 if place % 2 else -7), -2
+        axes.annotate(label, (x, y), shift, textcoords="offset points", ha=side, size=6)
 
 
 def main() -> int:

@@ -31,8 +31,8 @@ BANDS_OF = {  # bands: patterns of 4, 2.5 and 2 bits
     2: ((6, 2), (5, 3), (4, 4), (3, 2), (2, 2), (3, 1)),
     1: ((4,), (2,)),
 }
-ANGLES = "pair", "polar", "vector"
-"""Code forms that are only for bands of equal bits."""
+EVEN_ONLY = "pair", "polar"
+"""Code forms for patterns of one width; a codebook of 256 vectors has none of 6 bits."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,14 @@ def choices() -> list[Run]:
     for group, variants in options.items():
         for base in BASES:
             for label, change in variants.items():
-                if change.get("levels") in ANGLES and len(set(base)) > 1:
+                uneven, levels = len(set(base)) > 1, change.get("levels")
+                if (uneven and levels in EVEN_ONLY) or (6 in base and levels == "vector"):
                     continue
                 codec = replace(Codec(base), **change)
                 found.append(Run(group, f"{name(base)} {label}", codec))
+    for how in ("searched", "fixed"):  # what 2 bits of keys would be with a codebook
+        codec = Codec((4, 2, 2, 0), levels="vector", search=how == "searched")
+        found.append(Run("levels", f"4-2-2-0 vector {how}", codec))
     return found
 
 
