@@ -29,7 +29,7 @@ class Pattern:
     """Code bits per band, most important band first.
 
     `frame` HOT: one band, a float16 radius per token, no header.
-    `frame` CALIBRATED: `BANDS` bands, an 8-bit radius per token and band, page centroid.
+    `frame` CALIBRATED: `BANDS` bands, a 4-bit radius per token and band, page centroid.
     """
 
     frame: FrameKind
