@@ -250,8 +250,8 @@ def measure_reencode(cache: Cache, old: int, copy: float, sweep: bool) -> dict[s
     if sweep:
         row["sweep"] = []
         for tuning in (
-            Tuning(512, 1, 4), Tuning(2048, 1, 4), Tuning(1024, 2, 4), Tuning(1024, 1, 8),
-            Tuning(2048, 1, 8),
+            Tuning(512, 2, 4), Tuning(1024, 1, 4), Tuning(1024, 3, 4), Tuning(1024, 2, 8),
+            Tuning(1024, 2, 4, 168), Tuning(1024, 1, 4, 168), Tuning(2048, 2, 4, 168),
         ):  # fmt: skip
             us = reencode_us(cache, old, kept, tuning=tuning)
             row["sweep"].append({**asdict(tuning), "us": us})

@@ -26,15 +26,20 @@ SCRATCH_BYTES = 48 << 20
 class Tuning:
     """How the coding kernel is launched.
 
-    programs  wanted per launch: a program reads its matrix once for all its pages
+    programs   wanted per launch: a program reads its matrix once for all its pages
+    stages     pages in flight per program
+    warps      per program
+    registers  at most, per thread; None leaves it to the compiler
     """
 
     programs: int
     stages: int
     warps: int
+    registers: int | None = None
 
 
-TUNING = Tuning(programs=1024, stages=1, warps=4)
+# Best of the sweep in benchmarks/results/encode_h200.json.
+TUNING = Tuning(programs=1024, stages=2, warps=4)
 WIDE_TUNING = Tuning(programs=1024, stages=1, warps=8)
 """For head dimensions above 128, whose slices do not fit into the registers of four warps."""
 
@@ -117,6 +122,7 @@ def reencode_pages(
                 arena, page_blocks, pages, old_places, turns.matrices, turns.scales, scratch[which],
                 first, count, block_bytes, SIDE=which, H=columns, STAGES=tuning.stages, PTX=on_gpu,
                 **kernel_constants(old[which], new[which]), num_warps=tuning.warps,
+                maxnreg=tuning.registers,
             )  # fmt: skip
         for which in SIDES:
             size = new[which].size_bytes
