@@ -36,22 +36,25 @@ class Runner:
         self,
         pages: int = 60,
         dtype: torch.dtype = torch.float32,
-        backend: type[SphericalAttnBackend] = SphericalAttnBackend,
+        kernels: bool = False,
         device: str = "cpu",
     ) -> None:
         self.dtype, self.device = dtype, device
         self.pool = tiny_pool(pages, device)
-        self.pool.kernels = issubclass(backend, KernelAttnBackend)
+        self.pool.kernels = kernels
         poison(self.pool.arena.bytes)
         self.allocator = SphericalAllocator(self.pool)
         self.req_to_token = torch.zeros(9, LONGEST + PAGE, dtype=torch.int32, device=device)
-        self.backend = backend(
-            SimpleNamespace(
-                token_to_kv_pool=self.pool,
-                token_to_kv_pool_allocator=self.allocator,
-                req_to_token_pool=SimpleNamespace(req_to_token=self.req_to_token),
-            )
+        model_runner = SimpleNamespace(
+            token_to_kv_pool=self.pool,
+            token_to_kv_pool_allocator=self.allocator,
+            req_to_token_pool=SimpleNamespace(req_to_token=self.req_to_token),
         )
+        self.backend: SphericalAttnBackend
+        if kernels:
+            self.backend = KernelAttnBackend(model_runner, HEADS * GROUP)
+        else:
+            self.backend = SphericalAttnBackend(model_runner)
 
     def extend(self, *chunks: tuple[Prompt, int]) -> list[torch.Tensor]:
         """The next tokens of some prompts: outputs [layers, tokens, q_heads, d] of each."""
@@ -99,6 +102,13 @@ class Runner:
 
     def plan(self, batch) -> None:  # type: ignore[no-untyped-def]
         self.backend.init_forward_metadata(batch)
+
+    def plan_for_graph(self, batch) -> None:  # type: ignore[no-untyped-def]
+        """As SGLang does where a graph runs the decode steps."""
+        if batch.forward_mode.is_decode():
+            self.backend.init_forward_metadata_out_graph(batch)
+        else:
+            self.backend.init_forward_metadata(batch)
 
     def _run(self, batch, prompts, after, counts, forward, padding=0):  # type: ignore[no-untyped-def]
         starts = 0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from sglang_spherical.pool.kv_pool import SphericalKVPool
-from spherical_kernels.extend.launch import MULTIPROCESSORS, run_extend, tuning_for
+from spherical_kernels.extend.launch import MULTIPROCESSORS, LayerFrames, run_extend, tuning_for
 from spherical_kernels.extend.new_tokens import NewTokens
 from spherical_kernels.extend.tables import build_tables, locate_entries
 
@@ -46,7 +46,8 @@ class ExtendPlan:
         arena = self.pool.arena
         out, _ = run_extend(
             self.tables, arena.kinds, self.new_tokens, q, k, v, arena.bytes,
-            self._entries_of(layer), self.pool.frames.of_layer(layer), scale, self.tuning,
+            self._entries_of(layer), LayerFrames(*self.pool.frames.of_layer(layer)), scale,
+            self.tuning,
         )  # fmt: skip
         return out
 

@@ -23,15 +23,22 @@ def build_backend(model_runner: Any) -> SphericalAttnBackend:
             f"--attention-backend spherical: expected a SphericalKVPool, got a "
             f"{type(pool).__name__}"
         )
+    q_heads = set()
     for name, layer in model_runner.model.named_modules():
         if isinstance(layer, RadixAttention):
             _check_layer(name, layer)
+            q_heads.add(layer.tp_q_head_num)
     if pool.arena.device.type == "cpu":
         return SphericalAttnBackend(model_runner)
     _check_gpu(pool.arena.device)
     from sglang_spherical.attention.kernel_backend import KernelAttnBackend
 
-    return KernelAttnBackend(model_runner)
+    if len(q_heads) != 1:
+        raise StartupError(
+            f"query heads {sorted(q_heads)}: the kernels of --kv-format spherical need as many in "
+            "every layer: use --kv-format dense"
+        )
+    return KernelAttnBackend(model_runner, q_heads.pop())
 
 
 def _check_gpu(device: torch.device) -> None:

@@ -12,20 +12,32 @@ from typing import Any
 import torch
 
 from sglang_spherical.attention.backend import SphericalAttnBackend
+from sglang_spherical.attention.decode_plan import DecodeTables
 from sglang_spherical.attention.extend_plan import ExtendPlan
 
 
 class KernelAttnBackend(SphericalAttnBackend):
-    """Attention over a `SphericalKVPool` in Triton kernels."""
+    """Attention over a `SphericalKVPool` in Triton kernels.
+
+    q_heads  query heads of this rank, in every layer
+    """
 
     needs_cpu_seq_lens = False
 
-    def __init__(self, model_runner: Any) -> None:
+    def __init__(self, model_runner: Any, q_heads: int) -> None:
         super().__init__(model_runner)
+        self.q_heads = q_heads
+        self.graph_tables: DecodeTables | None = None
+        self.eager_tables: DecodeTables | None = None
+        self.decode_tables: DecodeTables | None = None  # of the step being run
         self.extend_plan: ExtendPlan | None = None
 
     def support_triton(self) -> bool:
         return True
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Allocates what graphs of up to `max_bs` requests read, for good."""
+        self.graph_tables = DecodeTables(self.pool, self.req_to_token, max_bs, self.q_heads)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Plans an eager forward pass, or a prefill whose attention runs between graphs."""
@@ -37,8 +49,43 @@ class KernelAttnBackend(SphericalAttnBackend):
                 forward_batch.extend_prefix_lens_cpu,
                 forward_batch.extend_seq_lens_cpu,
             )
-        else:
-            super().init_forward_metadata(forward_batch)
+        elif len(forward_batch.req_pool_indices):
+            self._plan_decode(forward_batch, self._eager_tables(len(forward_batch.seq_lens)))
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """Plans a decode step in the tables of the graphs, before one is captured or replayed."""
+        assert self.graph_tables is not None
+        self._plan_decode(forward_batch, self.graph_tables)
+
+    def _plan_decode(self, forward_batch: Any, tables: DecodeTables) -> None:
+        tables.plan(forward_batch.req_pool_indices, forward_batch.seq_lens)
+        self.decode_tables = tables
+
+    def _eager_tables(self, batch: int) -> DecodeTables:
+        """Tables for a step without a graph: the graphs', where the batch is not larger."""
+        for tables in (self.graph_tables, self.eager_tables):
+            if tables is not None and tables.max_batch >= batch:
+                return tables
+        room = 1 << (batch - 1).bit_length()  # batches grow one by one
+        self.eager_tables = DecodeTables(self.pool, self.req_to_token, room, self.q_heads)
+        return self.eager_tables
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **_: Any,
+    ) -> torch.Tensor:
+        """q [batch, q_heads * d], k and v [batch, kv_heads, d] -> [batch, q_heads * d]."""
+        if save_kv_cache:
+            self._write(layer, k, v, forward_batch)
+        assert self.decode_tables is not None
+        queries = q.contiguous().view(len(q), self.q_heads, layer.head_dim)
+        return self.decode_tables.attend(self._index(layer), queries, layer.scaling).view_as(q)
 
     def forward_extend(
         self,

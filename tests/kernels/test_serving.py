@@ -11,15 +11,16 @@ from spherical_kernels.testing import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# float16 operands in the kernels: 2**-12 of queries and weights, on logits of about 1.
-MAX, RMS = 1.5e-2, 2e-3
+# float16 operands in the kernels: 2**-12 of queries and weights, on logits of about 1. Pages that
+# were lowered differ more: a value near the middle of two codes may become the other one.
+MAX, RMS = 4e-2, 6e-3
 
 
 class Pair:
     """The same requests on both backends; outputs must agree, and so must the pages."""
 
     def __init__(self) -> None:
-        self.cpu, self.gpu = Runner(), Runner(backend=KernelAttnBackend, device=DEVICE)
+        self.cpu, self.gpu = Runner(), Runner(kernels=True, device=DEVICE)
         self.prompts: dict[int, tuple[Prompt, Prompt]] = {}
 
     def prompt(self, slot: int) -> tuple[Prompt, Prompt]:
@@ -63,3 +64,25 @@ def test_a_batch_of_extends_over_pages_of_every_level() -> None:
     pair.extend((1, 20), (4, 9), (3, 1), (2, 40))
     assert {int(level) for level in pair.gpu.pool.arena.page_level} == {0, 1, 2}
     assert LAYERS > 1
+
+
+def test_decode_steps_over_pages_of_every_level() -> None:
+    """Steps that open a page, and one beside rows that only pad a graph's batch."""
+    pair = Pair()
+    pair.extend((1, 100), (2, 15), (3, 40))
+    pair.lower(1, 1, slice(1, 4))
+    pair.lower(1, 2, slice(4, 6))
+    pair.lower(3, 2, slice(0, 2))
+    for _ in range(3):
+        pair.decode(1, 2, 3)
+    pair.decode(2, 3, padding=2)
+
+
+def test_a_graph_s_tables_serve_smaller_batches_too() -> None:
+    pair = Pair()
+    assert isinstance(pair.gpu.backend, KernelAttnBackend)
+    pair.gpu.backend.init_cuda_graph_state(4, 4)
+    pair.gpu.plan = pair.gpu.plan_for_graph  # type: ignore[method-assign]
+    pair.extend((1, 70), (2, 15))
+    pair.decode(1, 2, padding=2)
+    pair.decode(2)

@@ -1,0 +1,80 @@
+"""What decode steps read on a GPU: tables at fixed addresses, filled outside the step's graph."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+
+from sglang_spherical.pool.kv_pool import SphericalKVPool
+from spherical_kernels.decode.launch import (
+    DecodeFrames,
+    DecodeWorkspace,
+    LayerPages,
+    items_for,
+    run_decode,
+)
+from spherical_kernels.plan.launch import PlanTables, plan_pages
+
+FEWEST_PAGES = 4
+"""Of an item: below, starting and merging cost more than reading."""
+
+MULTIPROCESSORS = 132
+"""Taken for granted where there is no GPU to ask."""
+
+
+class DecodeTables:
+    """Tables and workspace for up to `max_batch` requests, the same for all layers."""
+
+    def __init__(
+        self, pool: SphericalKVPool, req_to_token: torch.Tensor, max_batch: int, q_heads: int
+    ) -> None:
+        layout, arena = pool.layout, pool.arena
+        self.pool, self.req_to_token, self.max_batch = pool, req_to_token, max_batch
+        self.busy_items = items_for(
+            arena.kinds, q_heads // layout.kv_heads, layout.kv_heads, _processors(arena.device)
+        )
+        items = self._items_of(max_batch)
+        pages = -(-req_to_token.shape[1] // layout.page_size)
+        self.tables = PlanTables.allocate(max_batch, pages, len(arena.kinds), items, arena.device)
+        self.workspace = DecodeWorkspace.allocate(
+            max_batch, items, q_heads, layout.head_dim, arena.device
+        )
+        self.lse = torch.empty(max_batch, q_heads, dtype=torch.float32, device=arena.device)
+        self.layers = [
+            LayerPages(arena.bytes, arena.page_blocks, arena.places[:, layer], layout.block_bytes)
+            for layer in range(layout.layers)
+        ]
+        self.frames = [DecodeFrames(*pool.frames.of_layer(i)) for i in range(layout.layers)]
+        self.of_batch = cache(self._of_batch)
+
+    def _items_of(self, batch: int) -> int:
+        """As many as keep the GPU busy, and one at least of every request and kind."""
+        return max(self.busy_items, batch * len(self.pool.arena.kinds))
+
+    def _of_batch(self, batch: int) -> PlanTables:
+        """The tables that a batch of this size fills."""
+        return replace(self.tables, items=self.tables.items[: self._items_of(batch)])
+
+    def plan(self, slots: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Plans a step that reads the first `lengths` [batch] tokens of the requests in `slots`."""
+        plan_pages(
+            self.of_batch(len(slots)), self.req_to_token, slots, lengths,
+            self.pool.arena.page_level, self.pool.page_size, FEWEST_PAGES,
+        )  # fmt: skip
+
+    def attend(self, layer: int, q: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attention of q [batch, heads, d] over everything planned; out like q."""
+        out, batch = torch.empty_like(q), len(q)
+        run_decode(
+            self.of_batch(batch), self.pool.arena.kinds, q, self.layers[layer], self.frames[layer],
+            scale, self.workspace, out, self.lse[:batch],
+        )  # fmt: skip
+        return out
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
