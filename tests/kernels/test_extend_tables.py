@@ -25,7 +25,7 @@ def tables_of(prefixes: list[int], lengths: list[int], levels: list[list[int]]) 
         for index in range(len(mine)):
             row[index * PAGE : (index + 1) * PAGE] = page * PAGE + torch.arange(PAGE)
             page += 1
-    page_level = torch.tensor([0] * 5 + sum(levels, []), dtype=torch.uint8)
+    page_level = torch.tensor([0] * 5 + [one for mine in levels for one in mine]).to(torch.uint8)
     return build_tables(
         req_to_token, torch.arange(len(prefixes)), page_level, prefixes, lengths,
         page_size=PAGE, group=2, kinds=3, tile_rows=64, most_items=4,

@@ -11,7 +11,10 @@ stand in an order of their own in every [.., DC] tensor: `channel_of` says which
 A side (keys or values) is described by tuples of constants:
     TILES  (first word, words per row, bits of a run, bytes per row; the last two 0 without runs)
     BANDS  (place, what a code exceeds its level by, factor of the radius, and for both digits
-           tile, shift in the byte, bits, shift in the code); 0 bits where there is no such digit
+           tile, shift in the byte, bits, shift in the code; 0 bits where there is no such digit;
+           1 where code * factor less the offset's is exact, 0 where the level is taken first)
+    STEPS  (VS) of every band, what its operands leave out; keys' are in the queries of the kind
+CB is the BANDS of centroids, KC and VC what their codes are times to be like operands.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SHRUNK = tl.constexpr(8.0)  # operands are values over this: keeps large radii in float16
-LARGEST = tl.constexpr(60000.0)  # of a factor in float16; larger ones are cut, NaN stays
-MASS = tl.constexpr(16.0)  # page masses are held times this, centroids over it
+SHRUNK = tl.constexpr(8.0)  # hot operands are values over this: keeps large radii in float16
+UNITS = tl.constexpr(4096.0)  # calibrated ones are level * radius over this, which is exact
+BOOST = tl.constexpr(16.0)  # weights of calibrated values are held times this: keeps small ones
+SMALLEST = tl.constexpr(2.0**-24)  # unit that a slice without spread is given
 NONE = tl.constexpr(-1e30)  # the maximum of no logits
 
 
@@ -33,11 +37,20 @@ def channel_of(column, D: tl.constexpr, NB: tl.constexpr):
     return tl.where(within < D // NB, band * (D // NB) + within, D)
 
 
+@triton.jit
+def step_of(column, STEPS: tl.constexpr):
+    """The step of each column's band."""
+    step = tl.full([column.shape[0]], STEPS[0], tl.float32)
+    for b in tl.static_range(len(STEPS)):
+        step = tl.where(column // 4 % len(STEPS) == b, STEPS[b], step)
+    return step
+
+
 @triton.constexpr_function
 def unpack_asm(bands, index_of_band):
-    """PTX: word of every digit and two radii -> low and high lane, level * radius."""
+    """PTX: word of every digit, factor and bias -> low and high lane, level * factor."""
     band = bands[index_of_band]
-    place, offset = band[0], band[1]
+    place = band[0]
     digits = 2 if band[9] else 1
     lines = []
     for index in range(digits):
@@ -51,11 +64,14 @@ def unpack_asm(bands, index_of_band):
             source = "u"
         lines.append(f"and.b32 u, {source}, {mask};")
         lines.append("or.b32 t, t, u;" if index else "mov.b32 t, u;")
-    one = float16_bits(2.0**15) * 0x10001
-    less = float16_bits(-offset * 2.0 ** (place - 9)) * 0x10001
-    lines.append(f"mov.b32 u, {one}; mov.b32 v, {less};")
-    lines.append(f"fma.rn.f16x2 t, t, u, v; mul.rn.f16x2 t, t, ${digits + 2};")
-    return "{ .reg .b32 t, u, v; " + " ".join(lines) + " mov.b32 {$0, $1}, t; }"
+    factor, second = f"${digits + 2}", f"${digits + 3}"
+    if band[11]:
+        lines.append(f"fma.rn.f16x2 t, t, {factor}, {second};")
+    else:
+        one = float16_bits(2.0**15) * 0x10001
+        lines.append(f"mov.b32 u, {one}; fma.rn.f16x2 t, t, u, {second};")
+        lines.append(f"mul.rn.f16x2 t, t, {factor};")
+    return "{ .reg .b32 t, u; " + " ".join(lines) + " mov.b32 {$0, $1}, t; }"
 
 
 @triton.constexpr_function
@@ -64,6 +80,16 @@ def float16_bits(number):
     import struct
 
     return int.from_bytes(struct.pack("<e", number), "little")
+
+
+@triton.constexpr_function
+def bias_asm(bands, index_of_band):
+    """PTX: factor -> the level of code 0, as unpack_asm adds it."""
+    band = bands[index_of_band]
+    if band[11] == 0:
+        return f"mov.b32 $0, {float16_bits(-band[1] * 2.0 ** (band[0] - 9)) * 0x10001};"
+    offset = float16_bits(-band[1] * 2.0 ** (band[0] - 24)) * 0x10001
+    return f"{{ .reg .b32 t; mov.b32 t, {offset}; mul.rn.f16x2 $0, $1, t; }}"
 
 
 @triton.jit
@@ -97,33 +123,38 @@ def load_words(
 
 @triton.jit
 def unpack_lanes(
-    words, radii, HALF: tl.constexpr, BANDS: tl.constexpr, B: tl.constexpr, PTX: tl.constexpr
+    words, factor, HALF: tl.constexpr, BANDS: tl.constexpr, B: tl.constexpr, PTX: tl.constexpr
 ):
-    """Bytes HALF and HALF + 2 of the words: level * radius of band B, float16 [P, W] each.
+    """Bytes HALF and HALF + 2 of the words: level * factor of band B, float16 [P, W] each.
 
-    radii  int32 [P, 1], a float16 in both halves
+    factor  int32 [P, 1], a float16 in both halves: times what undoes the operand's place and
+            2**-24, or 2**-9 where the level is taken first
     """
     if PTX:
         asm: tl.constexpr = unpack_asm(BANDS, B)
+        bias: tl.constexpr = bias_asm(BANDS, B)
+        less = tl.inline_asm_elementwise(bias, "=r,r", [factor], tl.int32, True, 1)
         first = words[BANDS[B][3]]
-        radii = tl.broadcast_to(radii, first.shape)
+        factor = tl.broadcast_to(factor, first.shape)
+        less = tl.broadcast_to(less, first.shape)
         if HALF == 1:
             first = first >> 8
         if BANDS[B][9] == 0:
             low, high = tl.inline_asm_elementwise(
-                asm, "=h,=h,r,r", [first, radii], (tl.float16, tl.float16), True, 1
+                asm, "=h,=h,r,r,r", [first, factor, less], (tl.float16, tl.float16), True, 1
             )
         else:
             second = words[BANDS[B][7]]
             if HALF == 1:
                 second = second >> 8
             low, high = tl.inline_asm_elementwise(
-                asm, "=h,=h,r,r,r", [first, second, radii], (tl.float16, tl.float16), True, 1
-            )
+                asm, "=h,=h,r,r,r,r", [first, second, factor, less], (tl.float16, tl.float16),
+                True, 1,
+            )  # fmt: skip
     else:
-        factor = (radii & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-        low = lane(words, factor, HALF, BANDS, B)
-        high = lane(words, factor, HALF + 2, BANDS, B)
+        half = (factor & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+        low = lane(words, half, HALF, BANDS, B)
+        high = lane(words, half, HALF + 2, BANDS, B)
     return low, high
 
 
@@ -133,80 +164,128 @@ def lane(words, factor, BYTE: tl.constexpr, BANDS: tl.constexpr, B: tl.constexpr
     code = words[BANDS[B][3]] >> (8 * BYTE + BANDS[B][4]) & ((1 << BANDS[B][5]) - 1)
     code = code << BANDS[B][6]
     if BANDS[B][9]:
-        code |= (words[BANDS[B][7]] >> (8 * BYTE + BANDS[B][8]) & ((1 << BANDS[B][9]) - 1)) << BANDS[B][10]
-    level = (code.to(tl.float32) - BANDS[B][1]) * 2.0 ** (BANDS[B][0] - 9)
-    return level.to(tl.float16) * factor
+        digit = words[BANDS[B][7]] >> (8 * BYTE + BANDS[B][8]) & ((1 << BANDS[B][9]) - 1)
+        code |= digit << BANDS[B][10]
+    level = (code.to(tl.float32) - BANDS[B][1]) * 2.0 ** (BANDS[B][0] - (24 if BANDS[B][11] else 9))
+    return (level * factor.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
-def float16_pair(factor):
+def float16_pair(number, PTX: tl.constexpr):
     """float32 >= 0 [P] -> int32 [P, 1], the number in float16 in both halves."""
-    factor = tl.where(factor > LARGEST, LARGEST, factor)
-    bits = factor.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return (bits | bits << 16)[:, None]
+    if PTX:
+        asm: tl.constexpr = "cvt.rn.f16x2.f32 $0, $1, $1;"
+        pair = tl.inline_asm_elementwise(asm, "=r,r", [number], tl.int32, True, 1)
+    else:
+        bits = number.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        pair = bits | bits << 16
+    return pair[:, None]
 
 
 @triton.jit
-def unpack_page(
-    words, radii, unit, BANDS: tl.constexpr, CALIBRATED: tl.constexpr, W: tl.constexpr,
-    DC: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """level * radius / SHRUNK of all bands: float16 [P, DC].
+def factors_of(radii, BANDS: tl.constexpr, CALIBRATED: tl.constexpr, PTX: tl.constexpr):
+    """What multiplies the lanes of every band, as `float16_pair`.
 
-    radii  int16 [P]: 4 bits per band, in units of `unit`; or the bits of a float16
+    radii  int32 [P]: 4 bits per band; or the bits of a float16
     """
-    parts = ()
+    pairs = ()
     for b in tl.static_range(len(BANDS)):
         if CALIBRATED:
-            bits = (radii.to(tl.int32) >> (4 * b) & 15) << 21
-            factor = bits.to(tl.float32, bitcast=True) * 2.0**126 * (unit * BANDS[b][2])
+            bits = (radii << (21 - 4 * b)) & (15 << 21)
+            factor = bits.to(tl.float32, bitcast=True) * 2.0**126 * BANDS[b][2]
         else:
-            factor = radii.to(tl.float16, bitcast=True).to(tl.float32) * BANDS[b][2]
-        pair = float16_pair(factor)
+            factor = radii.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * BANDS[b][2]
+            factor = tl.where(factor > 60000.0, 60000.0, factor)  # NaN stays
+        pairs = pairs + (float16_pair(factor, PTX),)
+    return pairs
+
+
+@triton.jit
+def unpack_rows(
+    words, pairs, BANDS: tl.constexpr, W: tl.constexpr, DC: tl.constexpr, PTX: tl.constexpr
+):
+    """Rows of words of every tile, times the factors of every band: float16 [rows, DC]."""
+    rows: tl.constexpr = pairs[0].shape[0]
+    parts = ()
+    for b in tl.static_range(len(BANDS)):
         for half in tl.static_range(2):
             if BANDS[b][5]:
-                low, high = unpack_lanes(words, pair, half, BANDS, b, PTX)
+                low, high = unpack_lanes(words, pairs[b], half, BANDS, b, PTX)
             else:
-                low = tl.zeros([radii.shape[0], W], tl.float16)
+                low = tl.zeros([rows, W], tl.float16)
                 high = low
             parts = parts + (low, high)
-    # outermost bit of the column first: band, then half, then lane
-    for level in tl.static_range(4 if len(BANDS) == 4 else 2):
+    return joined_columns(parts, DC)
+
+
+@triton.jit
+def joined_columns(parts, DC: tl.constexpr):
+    """Lanes [rows, W] by band, half, lane -> [rows, DC]."""
+    rows: tl.constexpr = parts[0].shape[0]
+    for level in tl.static_range(4 if len(parts) == 16 else 2):  # outermost bit first
         joined = ()
         for i in tl.static_range(len(parts) // 2):
             joined = joined + (tl.join(parts[i], parts[i + len(parts) // 2]),)
         parts = joined
-    return tl.reshape(parts[0], [radii.shape[0], DC])
+    return tl.reshape(parts[0], [rows, DC])
 
 
 @triton.jit
 def load_radii(base, t, FIRST: tl.constexpr):
-    """The 16-bit words of the tokens [P] of the slice at `base` (int32 pointer)."""
-    return tl.load(base.to(tl.pointer_type(tl.int16), bitcast=True) + FIRST + t)
+    """The 16-bit words of the tokens [P] of the slice at `base` (int32 pointer), as int32 with
+    something above them: loads of less than 32 bits are not pipelined."""
+    return tl.load(base + FIRST + t // 2) >> (t % 2 * 16)
 
 
 @triton.jit
-def load_headers(addresses, Arena, inside, column, D: tl.constexpr, NB: tl.constexpr):
-    """Of BLOCK calibrated slices: centroid codes float16 [BLOCK, DC] around zero, unit and
-    centroid's radius float32 [BLOCK]."""
-    channel = channel_of(column, D, NB)
-    known = inside[:, None] & (channel < D)[None, :]
-    at = Arena.to(tl.pointer_type(tl.uint8), bitcast=True) + addresses
-    codes = tl.load(at[:, None] + channel[None, :], mask=known, other=0)
-    codes = tl.where(known, codes.to(tl.float32) - 127.5, 0.0).to(tl.float16)
-    scales = (at + D).to(tl.pointer_type(tl.float16), bitcast=True)
-    unit = tl.load(scales, mask=inside, other=0.0).to(tl.float32)
-    radius = tl.load(scales + 1, mask=inside, other=0.0).to(tl.float32)
-    return codes, unit, radius
+def load_centroids(
+    Arena, addresses, inside, j, SCALES: tl.constexpr, BANDS: tl.constexpr, D: tl.constexpr,
+    WORDS: tl.constexpr, W: tl.constexpr, DC: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Of calibrated slices at addresses [BLOCK]: codes around zero times SCALES by band, as float16
+    [BLOCK, DC] and what that leaves: one error here is every token's of the page."""
+    words = ()
+    mask = inside[:, None] & (j < WORDS)[None, :]
+    for b in tl.static_range(len(BANDS)):
+        at = Arena + ((addresses >> 2) + b * (D // 16))[:, None] + j[None, :]
+        words = words + (tl.load(at, mask=mask, other=0),)
+    pair = float16_pair(tl.where(inside, 2.0**9, 0.0), PTX)
+    wholes, rests = (), ()
+    for b in tl.static_range(len(BANDS)):
+        for half in tl.static_range(2):
+            lanes = unpack_lanes(words, pair, half, BANDS, b, PTX)
+            for i in tl.static_range(2):
+                scaled = lanes[i].to(tl.float32) * SCALES[b]
+                whole = scaled.to(tl.float16)
+                wholes = wholes + (whole,)
+                rests = rests + ((scaled - whole.to(tl.float32)).to(tl.float16),)
+    return joined_columns(wholes, DC), joined_columns(rests, DC)
 
 
 @triton.jit
+def load_scale(Arena, addresses, inside, D: tl.constexpr):
+    """Radii of the centroids of slices at addresses [BLOCK]: float32 [BLOCK]."""
+    scales = Arena.to(tl.pointer_type(tl.float16), bitcast=True) + (addresses + D) // 2
+    return tl.load(scales + 1, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_unit(base, D: tl.constexpr):
+    """The unit of the radii of the calibrated slice at `base` (int32 pointer)."""
+    bits = tl.load(base + D // 4)
+    unit = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return tl.where(unit == 0.0, SMALLEST, unit)
+
+
+# what changes from batch to batch must not make a new binary
+@triton.jit(do_not_specialize=["rows", "pages"])
 def extend_pages(
     Arena, Entries, Items, Requests, Runs, Q, QScale, Partial, Lse, rows, pages,
     D: tl.constexpr, DC: tl.constexpr, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     W: tl.constexpr, WORDS: tl.constexpr, KIND: tl.constexpr, KINDS: tl.constexpr,
     CALIBRATED: tl.constexpr, FIRST: tl.constexpr, RADII: tl.constexpr, BLOCK: tl.constexpr,
-    KT: tl.constexpr, KB: tl.constexpr, VT: tl.constexpr, VB: tl.constexpr,
+    KT: tl.constexpr, KB: tl.constexpr, KC: tl.constexpr, VT: tl.constexpr, VB: tl.constexpr,
+    VC: tl.constexpr, VS: tl.constexpr, CB: tl.constexpr,
     STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One item (a tile over a share of its request's pages of one kind) of one KV head.
@@ -215,7 +294,7 @@ def extend_pages(
     Items     int32 [items, 4]: request, first row, split, splits
     Requests  int32 [requests, 4]: first token, tokens, valid tokens of the last page, unused
     Runs      int32 [requests * KINDS + 1]: where the pages of (request, kind) start
-    Q         float16 [kv_heads, rows, DC] in the frame, times 1 / QScale float32 [kv_heads, rows]
+    Q         float16 [kv_heads, rows, DC] as frame_rows makes it, QScale float32 [kv_heads, rows]
     Partial   float32 [items, kv_heads, M, DC] in the frame; Lse float32 [items, kv_heads, M],
               base 2; not FIRST: joined with what is there
     """
@@ -235,7 +314,6 @@ def extend_pages(
             tl.store(Lse + place, tl.full([M], -float("inf"), tl.float32))
         return
 
-    NB: tl.constexpr = len(KB)
     first_token = tl.load(Requests + request * 4)
     last_valid = tl.load(Requests + request * 4 + 2)
     known = first_row + m < tl.load(Requests + request * 4 + 1) * G
@@ -255,9 +333,10 @@ def extend_pages(
             inside = block + n < end
             k_at = tl.load(entries + 2 * (block + n), mask=inside, other=0)
             v_at = tl.load(entries + 2 * (block + n) + 1, mask=inside, other=0)
-            k_codes, k_units, k_radius = load_headers(k_at, Arena, inside, column, D, NB)
-            v_codes, v_units, v_radius = load_headers(v_at, Arena, inside, column, D, NB)
-            near = tl.dot(q, tl.trans(k_codes)) * k_radius[None, :] * q_scale[:, None]
+            k_radius = load_scale(Arena, k_at, inside, D)
+            whole, rest = load_centroids(Arena, k_at, inside, j, KC, CB, D, WORDS, W, DC, PTX)
+            near = tl.dot(q, tl.trans(rest), tl.dot(q, tl.trans(whole)))
+            near *= k_radius[None, :] * q_scale[:, None]
             masses = tl.zeros([M, BLOCK], tl.float32)
         last = tl.minimum(end, block + BLOCK) if CALIBRATED else end
         for e in tl.range(block, last, num_stages=STAGES):
@@ -269,37 +348,42 @@ def extend_pages(
             v_radii = load_radii(values, t, RADII)
             if CALIBRATED:
                 mine = n == e - block
-                k_unit = tl.sum(tl.where(mine, k_units, 0.0), 0)
-                v_unit = tl.sum(tl.where(mine, v_units, 0.0), 0)
                 base = tl.sum(tl.where(mine[None, :], near, 0.0), 1)
+                per_dot = q_scale * (load_unit(keys, D) * UNITS)
+                weigh = tl.log2(load_unit(values, D) * BOOST)
             else:  # what nobody wrote may be NaN
                 valid = t < tl.where(e == run_end - 1, last_valid, P)
-                k_radii = tl.where(valid, k_radii, 0).to(tl.int16)
-                v_radii = tl.where(valid, v_radii, 0).to(tl.int16)
-                k_unit, v_unit, base = 1.0, 1.0, tl.zeros([M], tl.float32)
-            k = unpack_page(k_words, k_radii, k_unit, KB, CALIBRATED, W, DC, PTX)
+                k_radii = tl.where(valid, k_radii, 0)
+                v_radii = tl.where(valid, v_radii, 0)
+                base = tl.zeros([M], tl.float32)
+                per_dot = q_scale * SHRUNK
+                weigh = 0.0
+            k = unpack_rows(k_words, factors_of(k_radii, KB, CALIBRATED, PTX), KB, W, DC, PTX)
             dots = tl.dot(q, tl.trans(k))
             if not CALIBRATED:
                 dots = tl.where(valid[None, :], dots, -float("inf"))
-            per_dot = q_scale * SHRUNK
             new_top = tl.maximum(top, tl.max(dots, 1) * per_dot + base)
             fade = tl.exp2(top - new_top)
-            p = tl.exp2(dots * per_dot[:, None] + (base - new_top)[:, None])
+            p = tl.exp2(dots * per_dot[:, None] + (base - new_top + weigh)[:, None])
             page_mass = tl.sum(p, 1)
+            if CALIBRATED:
+                page_mass *= tl.exp2(-weigh)
+                masses = tl.where(mine[None, :], page_mass[:, None], masses * fade[:, None])
             mass = mass * fade + page_mass
             top = new_top
-            v = unpack_page(v_words, v_radii, v_unit, VB, CALIBRATED, W, DC, PTX)
+            v = unpack_rows(v_words, factors_of(v_radii, VB, CALIBRATED, PTX), VB, W, DC, PTX)
             acc = tl.dot(p.to(tl.float16), v, acc * fade[:, None])
-            if CALIBRATED:
-                masses = tl.where(mine[None, :], page_mass[:, None], masses * fade[:, None])
         if CALIBRATED:
-            v_codes = v_codes * (1.0 / (MASS * SHRUNK))
-            shares = masses * (v_radius * MASS)[None, :]
-            whole = shares.to(tl.float16)  # and the rest: few numbers stand for many tokens
-            acc = tl.dot(whole, v_codes, acc)
-            acc = tl.dot((shares - whole.to(tl.float32)).to(tl.float16), v_codes, acc)
+            v_radius = load_scale(Arena, v_at, inside, D)
+            whole, rest = load_centroids(Arena, v_at, inside, j, VC, CB, D, WORDS, W, DC, PTX)
+            shares = masses * (v_radius * BOOST)[None, :]
+            share = shares.to(tl.float16)
+            acc = tl.dot(share, rest, tl.dot(share, whole, acc))
+            acc = tl.dot((shares - share.to(tl.float32)).to(tl.float16), whole, acc)
 
-    out = acc * (1.0 / mass * SHRUNK)[:, None]
+    out = acc * (1.0 / mass * (UNITS / BOOST if CALIBRATED else SHRUNK))[:, None]
+    if CALIBRATED:
+        out *= step_of(column, VS)[None, :]
     lse = top + tl.log2(mass)
     target = Partial + place[:, None] * DC + column[None, :]
     if not FIRST:
@@ -314,23 +398,23 @@ def extend_pages(
     tl.store(Lse + place, lse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens", "kind"])
 def frame_rows(
-    Q, Dual, Centre, Framed, Scales, Near, tokens, kv_heads, frame, scale,
-    D: tl.constexpr, DC: tl.constexpr, NB: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr,
+    Q, Dual, Centre, Framed, Scales, Near, tokens, rows, kv_heads, kind, scale,
+    D: tl.constexpr, DC: tl.constexpr, STEPS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Queries of one KV head into one frame: ROWS rows by every program.
+    """Queries of one KV head into the frame and the steps of one kind: ROWS rows by every program.
 
     Q       [tokens, kv_heads * G, D]; logits in base 2 are `scale` times q . k
     Dual    float32 [kv_heads, D, D], B; Centre float32 [kv_heads, D]
-    Framed  float16 [kv_heads, tokens * G, DC] at most 2**8, times 1 / Scales float32 [kv_heads,
-            tokens * G]; Near float32 [kv_heads, tokens * G], q . centre, both in base 2
+    Framed  float16 [kv_heads, rows, DC] at most 2**8, times 1 / Scales float32 [kv_heads, rows];
+            Near float32 [kv_heads, rows], q . centre, both in base 2; rows >= tokens * G
     """
     head = tl.program_id(1)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     known = r < tokens * G
     d = tl.arange(0, DC)
-    channel = channel_of(d, D, NB)
+    channel = channel_of(d, D, len(STEPS))
     q_row = (r // G * kv_heads + head).to(tl.int64) * G + r % G
     inside = known[:, None] & (d < D)[None, :]
     q = tl.load(Q + q_row[:, None] * D + d[None, :], mask=inside, other=0.0)
@@ -338,14 +422,14 @@ def frame_rows(
     inside = (d < D)[:, None] & (channel < D)[None, :]
     dual = Dual + head.to(tl.int64) * (D * D)
     turned = tl.load(dual + channel[None, :] * D + d[:, None], mask=inside, other=0.0)
-    framed = tl.dot(q, turned, input_precision="tf32x3")
+    framed = tl.dot(q, turned, input_precision="tf32x3") * step_of(d, STEPS)[None, :]
     peak = tl.max(tl.abs(framed), 1)
     unit = tl.where(peak > 0, peak * 2.0**-8, 1.0)
-    place = head.to(tl.int64) * tokens * G + r
+    place = head.to(tl.int64) * rows + r
     framed = (framed / unit[:, None]).to(tl.float16)
     tl.store(Framed + place[:, None] * DC + d[None, :], framed, mask=known[:, None])
     tl.store(Scales + place, unit, mask=known)
-    if frame == 0:
+    if kind == 0:
         centre = tl.load(Centre + head * D + d, mask=d < D, other=0.0)
         tl.store(Near + place, tl.sum(q * centre[None, :], 1), mask=known)
 
@@ -364,10 +448,10 @@ def joined_splits(Partial, Lse, place, column, splits, stride, total, DC: tl.con
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "items"])
 def finish_rows(
     Partial, Lse, Tiles, Requests, Dual, Centre, Near, New, NewLse, Out, OutLse,
-    rows, items, kv_heads, new_unit,
+    rows, items, kv_heads,
     D: tl.constexpr, DC: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
     PLANES: tl.constexpr, BANDS: tl.constexpr,
 ):  # fmt: skip
@@ -377,8 +461,8 @@ def finish_rows(
     Tiles    int32 [tiles, 4]: request, first row, first item, splits
     Dual     float32 [PLANES, kv_heads, D, D], B of the value frames; Centre float32 [kv_heads, D]
     BANDS    bands of every plane's frame
-    New      [tokens, kv_heads * G, D], NewLse float32 [tokens, kv_heads * G]: of the new tokens,
-             `new_unit` times the logarithm in base 2
+    New      [tokens, kv_heads * G, D], NewLse float32 [tokens, kv_heads * G], base 2: of the new
+             tokens among themselves
     Out      like New; OutLse float32 like NewLse, natural
     """
     tile, head = tl.program_id(0) // (M // ROWS), tl.program_id(1)
@@ -391,7 +475,7 @@ def finish_rows(
     r += tl.load(Requests + request * 4) * G
     column = tl.arange(0, DC)
     stride = kv_heads * M
-    plane = items.to(tl.int64) * stride
+    plane = tl.cast(items, tl.int64) * stride
     place = (first_item * kv_heads + head).to(tl.int64) * M + m
     top = tl.full([ROWS], NONE, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
@@ -417,7 +501,7 @@ def finish_rows(
     near = tl.load(Near + head.to(tl.int64) * rows + r, mask=known, other=0.0)
     prefix = tl.where(some, total + near, -float("inf"))
     at = (r // G * kv_heads + head).to(tl.int64) * G + r % G
-    new = tl.load(NewLse + at, mask=known, other=0.0) * new_unit
+    new = tl.load(NewLse + at, mask=known, other=0.0)
     inside = known[:, None] & (column < D)[None, :]
     dense = tl.load(New + at[:, None] * D + column[None, :], mask=inside, other=0.0)
     peak = tl.maximum(prefix, new)

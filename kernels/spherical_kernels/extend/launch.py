@@ -17,18 +17,36 @@ import torch
 import triton
 
 from ..codec.pages import GAUSSIAN_STEP
+from ..codec.patterns import FrameKind
 from ..codec.slices import SliceLayout
-from ..decode.launch import FRAMES, DecodeFrames
 from .kernel import extend_pages, finish_rows, frame_rows
 from .new_tokens import LOG2_E, NewTokens
 from .tables import ExtendTables
 
-SHRUNK = 8.0  # operands are values over this (kernel.py)
+SHRUNK, UNITS = 8.0, 4096.0  # of operands (kernel.py)
 _FRAME_ROWS = 64
 _BLOCK_PAGES = 16  # whose centroids meet the queries together
 
 Kind = tuple[SliceLayout, SliceLayout]
 """Layouts of the keys and of the values of a page."""
+
+
+FRAMES = (FrameKind.HOT, FrameKind.CALIBRATED)
+"""Order of the frames in every table."""
+
+
+@dataclass(frozen=True)
+class LayerFrames:
+    """The frames of one layer, float32 and contiguous.
+
+    key_duals, value_duals      [2, kv_heads, d, d], B of each of FRAMES
+    key_centre, value_centre    [kv_heads, d]
+    """
+
+    key_duals: torch.Tensor
+    value_duals: torch.Tensor
+    key_centre: torch.Tensor
+    value_centre: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -49,8 +67,8 @@ class Tuning:
     registers: int | None = None
 
 
-SMALL_TUNING = Tuning(tile_rows=64, warps=4, stages=3, programs=3)
-TUNING = Tuning(tile_rows=128, warps=8, stages=3, programs=1)
+SMALL_TUNING = Tuning(tile_rows=64, warps=4, stages=4, programs=2)
+TUNING = Tuning(tile_rows=64, warps=4, stages=4, programs=2)
 MULTIPROCESSORS = 132
 
 
@@ -68,7 +86,7 @@ def run_extend(
     v: torch.Tensor,
     arena: torch.Tensor,
     entries: torch.Tensor,
-    frames: DecodeFrames,
+    frames: LayerFrames,
     scale: float,
     tuning: Tuning,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,7 +135,7 @@ def _attend_prefix(
     q: torch.Tensor,
     arena: torch.Tensor,
     entries: torch.Tensor,
-    frames: DecodeFrames,
+    frames: LayerFrames,
     scale: float,
     tuning: Tuning,
 ) -> _Prefix:
@@ -127,26 +145,27 @@ def _attend_prefix(
     plane_of = [FRAMES.index(keys.pattern.frame) for keys, _ in kinds]
     planes = tuple(sorted(set(plane_of)))
     f32: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
-    rows, items = tokens * group, len(tables.items)
-    framed = torch.empty(len(planes), kv_heads, rows, columns, dtype=torch.float16, device=q.device)
-    scales = torch.empty(len(planes), kv_heads, rows, **f32)
+    items = len(tables.items)
+    rows = -(-tokens * group // 16) * 16  # keeps every kind's part aligned
+    framed = torch.empty(len(kinds), kv_heads, rows, columns, dtype=torch.float16, device=q.device)
+    scales = torch.empty(len(kinds), kv_heads, rows, **f32)
     near = torch.empty(kv_heads, rows, **f32)
     partial = torch.empty(len(planes), items, kv_heads, tables.tile_rows, columns, **f32)
     lse = torch.empty(len(planes), items, kv_heads, tables.tile_rows, **f32)
-    for place, plane in enumerate(planes):
-        frame_rows[(-(-rows // _FRAME_ROWS), kv_heads)](
-            q, frames.key_duals[plane], frames.key_centre, framed[place], scales[place], near,
-            tokens, kv_heads, place, scale * LOG2_E, D=d, DC=columns, NB=_bands(plane),
-            G=group, ROWS=_FRAME_ROWS,
-        )  # fmt: skip
     words = arena.view(torch.int32)
     for kind, (keys, values) in enumerate(kinds):
-        place = planes.index(plane_of[kind])
+        plane = plane_of[kind]
+        place = planes.index(plane)
+        frame_rows[(-(-rows // _FRAME_ROWS), kv_heads)](
+            q, frames.key_duals[plane], frames.key_centre, framed[kind], scales[kind], near,
+            tokens, rows, kv_heads, kind, scale * LOG2_E, D=d, DC=columns,
+            STEPS=steps_of_bands(keys), G=group, ROWS=_FRAME_ROWS,
+        )  # fmt: skip
         extend_pages[(items, kv_heads)](
-            words, entries, tables.items, tables.requests, tables.runs, framed[place],
-            scales[place], partial[place], lse[place], rows, entries.shape[1],
+            words, entries, tables.items, tables.requests, tables.runs, framed[kind],
+            scales[kind], partial[place], lse[place], rows, entries.shape[1],
             **kernel_constants(keys, values, group), M=tables.tile_rows, KIND=kind,
-            KINDS=len(kinds), FIRST=plane_of.index(plane_of[kind]) == kind, STAGES=tuning.stages,
+            KINDS=len(kinds), FIRST=plane_of.index(plane) == kind, STAGES=tuning.stages,
             PTX=_has_ptx(q.device), num_warps=tuning.warps, maxnreg=tuning.registers,
         )  # fmt: skip
     return _Prefix(planes, partial, lse, near)
@@ -155,18 +174,18 @@ def _attend_prefix(
 def _finish(
     tables: ExtendTables,
     prefix: _Prefix,
-    frames: DecodeFrames,
+    frames: LayerFrames,
     new: torch.Tensor,
     new_lse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens, heads, d = new.shape
+    _, heads, d = new.shape
     kv_heads, rows = prefix.near.shape
     out, lse = torch.empty_like(new), torch.empty_like(new_lse)
     block = min(tables.tile_rows, 64 if len(tables.tiles) * kv_heads > MULTIPROCESSORS else 16)
     finish_rows[(len(tables.tiles) * (tables.tile_rows // block), kv_heads)](
         prefix.partial, prefix.lse, tables.tiles, tables.requests,
         frames.value_duals[prefix.planes[0] :], frames.value_centre, prefix.near,
-        new.contiguous(), new_lse.contiguous(), out, lse, rows, len(tables.items), kv_heads, 1.0,
+        new.contiguous(), new_lse.contiguous(), out, lse, rows, len(tables.items), kv_heads,
         D=d, DC=columns_of(d), G=heads // kv_heads, M=tables.tile_rows, ROWS=block,
         PLANES=len(prefix.planes), BANDS=tuple(_bands(plane) for plane in prefix.planes),
         num_warps=4,
@@ -200,11 +219,15 @@ def kernel_constants(keys: SliceLayout, values: SliceLayout, group: int) -> dict
         "W": columns // (4 * keys.bands),
         "WORDS": keys.band_width // 4,
         "CALIBRATED": keys.calibrated,
-        "RADII": keys.radii_offset_bytes // 2,
+        "RADII": keys.radii_offset_bytes // 4,
         "BLOCK": _BLOCK_PAGES,
+        "CB": tuple((0, 127.5, 1.0, band, 0, 8, 0, 0, 0, 0, 0, 0) for band in range(keys.bands)),
     }
     for name, side in (("K", keys), ("V", values)):
         constants |= {f"{name}T": _tiles(side), f"{name}B": _band_table(side)}
+    constants["VS"] = steps_of_bands(values)
+    constants["KC"] = tuple(1 / step for step in steps_of_bands(keys))
+    constants["VC"] = tuple(1 / (step * UNITS) for step in steps_of_bands(values))
     return constants
 
 
@@ -232,7 +255,16 @@ def _band_table(layout: SliceLayout) -> tuple[tuple[float, ...], ...]:
         digits += [(0, 0, 0, 0)] * (2 - len(digits))
         _, byte_shift, _, code_shift = digits[0]
         place = max(0, byte_shift - code_shift)
-        step = GAUSSIAN_STEP[bits] if layout.calibrated else 1.0
-        factor = step * 2.0 ** (9 - place) / SHRUNK
-        table.append((place, (2**bits - 1) / 2, factor, *digits[0], *digits[1]))
+        factor = 2.0 ** (9 - place) / SHRUNK
+        if layout.calibrated:
+            factor = 2.0 ** (24 - place) / UNITS
+        offset = (2**bits - 1) / 2
+        table.append((place, offset, factor, *digits[0], *digits[1], int(layout.calibrated)))
     return tuple(table)
+
+
+def steps_of_bands(layout: SliceLayout) -> tuple[float, ...]:
+    """What the kernel's operands leave out, by band: the step of a radius of one unit."""
+    if not layout.calibrated:
+        return (1.0,)
+    return tuple(GAUSSIAN_STEP[bits] or 1.0 for bits in layout.pattern.bits)

@@ -4,6 +4,7 @@ FlashInfer's where it is installed, our own kernel elsewhere."""
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -69,10 +70,9 @@ class NewTokens:
 def _flashinfer() -> Any:
     """FlashInfer's module, or None."""
     try:
-        import flashinfer
+        return import_module("flashinfer")
     except ImportError:
         return None
-    return flashinfer
 
 
 @cache
