@@ -23,25 +23,31 @@ from triton.compiler import ASTSource
 
 from spherical_kernels.codec.patterns import PATTERNS
 from spherical_kernels.codec.slices import slice_layout
-from spherical_kernels.decode.kernel import decode_items
+from spherical_kernels.decode.kernel import decode_pages
 from spherical_kernels.decode.launch import kernel_constants, tuning_for
 
-capability, keys, values, d = map(int, sys.argv[1:])
-layouts = [slice_layout(PATTERNS[i], 64, d) for i in (keys, values)]
-tuning = tuning_for(layouts[0])
-constants = kernel_constants(*layouts, 4) | {"STAGES": tuning.stages, "PTX": True}
+capability, head_dim, group = map(int, sys.argv[1:4])
+pairs = [tuple(map(int, pair.split("-"))) for pair in sys.argv[4:]]
+kinds = tuple(tuple(slice_layout(PATTERNS[i], 64, head_dim) for i in pair) for pair in pairs)
+tuning = tuning_for(kinds, group)
+constants = kernel_constants(kinds, group, tuning) | {"PTX": True, "PDL": capability >= 90}
 types = {
-    "Arena": "*i16", "Entries": "*i64", "Items": "*i32", "Q": "*fp32", "Out": "*fp32",
-    "Lse": "*fp32", "first_item": "i32",
-}
+    "Arena": "*i8", "Items": "*i32", "Pages": "*i32", "Blocks": "*i32", "Places": "*i32",
+    "Q": "*fp32", "Out": "*fp32", "Lse": "*fp32",
+} | dict.fromkeys(
+    ("max_pages", "blocks_per_page", "block_bytes", "kind_stride", "kv_heads", "q_stride"), "i32"
+)
+aligned = [i for i, name in enumerate(types) if types[name] != "i32"]
+aligned.append(list(types).index("block_bytes"))
 source = ASTSource(
-    fn=decode_items,
+    fn=decode_pages,
     signature=types | dict.fromkeys(constants, "constexpr"),
     constexprs=constants,
-    attrs={(i,): [["tt.divisibility", 16]] for i in range(6)},
+    attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
 )
 target = GPUTarget("cuda", capability, 32)
-compiled = triton.compile(source, target=target, options={"num_warps": tuning.warps})
+options = {"num_warps": tuning.warps, "maxnreg": tuning.registers}
+compiled = triton.compile(source, target=target, options=options)
 tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 with TemporaryDirectory() as folder:
     path = Path(folder, "kernel.cubin")
@@ -50,16 +56,29 @@ with TemporaryDirectory() as folder:
 """
 
 
+HOT, WARM, COLD = "0-0", "2-3", "5-6"
+
+
 @pytest.mark.parametrize(
-    ("capability", "keys", "values", "d"),
-    [(90, 0, 0, 128), (90, 2, 3, 128), (90, 5, 6, 128), (90, 2, 3, 64), (80, 2, 3, 128)],
+    ("capability", "head_dim", "group", "kinds"),
+    [
+        (90, 128, 4, (HOT, WARM, COLD)),
+        (90, 128, 8, (HOT, WARM)),
+        (90, 64, 3, (HOT, WARM)),
+        (80, 128, 4, (WARM,)),
+    ],
 )
-def test_compiles_without_spills(capability: int, keys: int, values: int, d: int) -> None:
+def test_compiles_without_spills(
+    capability: int, head_dim: int, group: int, kinds: tuple[str, ...]
+) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    arguments = [str(value) for value in (capability, keys, values, d)]
+    arguments = [str(value) for value in (capability, head_dim, group)]
     found = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", SCRIPT, *arguments, *kinds],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert found.returncode == 0, found.stderr[-2000:]
     assert "STACK:0" in found.stdout and "LOCAL:0" in found.stdout, found.stdout

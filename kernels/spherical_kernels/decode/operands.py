@@ -1,0 +1,196 @@
+# mypy: ignore-errors
+"""Codes, radii, probabilities and queries as operands of matrix products (kernel.py says which).
+
+Every function has two forms: PTX for a GPU, plain Triton for the interpreter.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+QUERY_PEAK = tl.constexpr(16000.0)  # largest integer of a query: high part at most 125
+
+
+@triton.constexpr_function
+def byte_asm(shift, bits, place):
+    """PTX that takes a digit out of four bytes at once; the top one as a signed number."""
+    mask = (((1 << bits) - 1) << place) * 0x01010101
+    move = "mov.b32" if shift == place else "shr.u32" if shift > place else "shl.b32"
+    by = f", {abs(shift - place)}" if shift != place else ""
+    flip = f"xor.b32 $0, t, {0x80808080};" if place + bits == 8 else "mov.b32 $0, t;"
+    return f"{{ .reg .b32 t; {move} t, $1{by}; and.b32 t, t, {mask}; {flip} }}"
+
+
+@triton.jit
+def take_bytes(
+    words, SHIFT: tl.constexpr, BITS: tl.constexpr, PLACE: tl.constexpr, PTX: tl.constexpr
+):
+    """int8 bytes -> their digit at bit SHIFT, moved to PLACE; less 128 where it fills bit 7."""
+    if PTX:
+        asm: tl.constexpr = byte_asm(SHIFT, BITS, PLACE)
+        return tl.inline_asm_elementwise(asm, "=r,r", [words], tl.int8, True, 4)
+    digit = ((words.to(tl.int32) & 0xFF) >> SHIFT & ((1 << BITS) - 1)) << PLACE
+    if PLACE + BITS == 8:
+        digit -= 128
+    return digit.to(tl.int8)
+
+
+@triton.jit
+def take_runs(words, shift, BITS: tl.constexpr, PTX: tl.constexpr):
+    """int8 bytes and the bit at which the digit of each lies, equal in four -> digits."""
+    if PTX:
+        asm: tl.constexpr = run_asm(BITS)
+        shift = tl.broadcast_to(shift, words.shape)
+        return tl.inline_asm_elementwise(asm, "=r,r,r,r,r,r", [words, shift], tl.int8, True, 4)
+    return ((words.to(tl.int32) & 0xFF) >> shift & ((1 << BITS) - 1)).to(tl.int8)
+
+
+@triton.constexpr_function
+def run_asm(bits):
+    mask = ((1 << bits) - 1) * 0x01010101
+    return f"{{ .reg .b32 t; shr.u32 t, $1, $2; and.b32 $0, t, {mask}; }}"
+
+
+@triton.constexpr_function
+def digit_asm(shift, bits, place):
+    """PTX that takes a digit out of two 16-bit words at once."""
+    mask = (((1 << bits) - 1) << place) * 0x10001
+    if shift == place:
+        return f"and.b32 $0, $1, {mask};"
+    if shift != place + 8:
+        op = "shr.u32" if shift > place else "shl.b32"
+        return f"{{ .reg .b32 t; {op} t, $1, {abs(shift - place)}; and.b32 $0, t, {mask}; }}"
+    upper = "prmt.b32 t, $1, 0, 0x4341;"  # the upper byte of both words
+    if bits == 8:
+        return f"{{ .reg .b32 t; {upper} mov.b32 $0, t; }}"
+    return f"{{ .reg .b32 t; {upper} and.b32 $0, t, {mask}; }}"
+
+
+@triton.jit
+def take_digit(
+    words, SHIFT: tl.constexpr, BITS: tl.constexpr, PLACE: tl.constexpr, PTX: tl.constexpr
+):
+    """int16 words -> the digit at bit SHIFT, as float16 digit * 2**(PLACE - 24)."""
+    if PTX:
+        asm: tl.constexpr = digit_asm(SHIFT, BITS, PLACE)
+        return tl.inline_asm_elementwise(asm, "=r,r", [words], tl.float16, True, 2)
+    digit = (((words.to(tl.int32) & 0xFFFF) >> SHIFT) & ((1 << BITS) - 1)) << PLACE
+    return digit.to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def turn_weights(p, PTX: tl.constexpr):
+    """p float32 [P, heads] -> float16 pairs, int32 [P // 8, heads // 4, 8, 4].
+
+    Element (i, n, g, c) holds tokens 8 i + 2 c and 8 i + 2 c + 1 of head 4 n + g // 2. In registers
+    this takes a lane's logits to where the values' product wants its weights.
+    """
+    P: tl.constexpr = p.shape[0]
+    N: tl.constexpr = p.shape[1] // 4
+    if PTX:
+        asm: tl.constexpr = (
+            "{ .reg .b32 t; cvt.rn.f16x2.f32 t, $1, $1; "
+            "movmatrix.sync.aligned.m8n8.trans.b16 $0, t; }"
+        )
+        turned = tl.inline_asm_elementwise(asm, "=r,f", [p], tl.int32, False, 1)
+        return tl.permute(tl.reshape(turned, [P // 8, 8, N, 4]), (0, 2, 1, 3))
+    bits = p.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    bits = tl.permute(tl.reshape(bits, [P // 8, 4, 2, N, 4]), (0, 3, 4, 1, 2))
+    low, high = tl.split(bits)
+    pairs = tl.broadcast_to((low | high << 16)[:, :, :, None, :], [P // 8, N, 4, 2, 4])
+    return tl.reshape(pairs, [P // 8, N, 8, 4])
+
+
+@triton.jit
+def pair_of(words):
+    """int32 words of two float16 -> both."""
+    low = (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    return low, (words >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def weights_of(pairs, radii, turn, CALIBRATED: tl.constexpr, PTX: tl.constexpr):
+    """Pairs of `turn_weights` times radii -> float16 [P, 2 heads], an operand.
+
+    radii  int32, of two tokens: 4-bit radii, of which a rotation by `turn` brings the wanted one to
+           bit 8, where it reads as a float16 times 2**-14; or float16 ones, times `turn`
+    """
+    M: tl.constexpr = pairs.shape[0]
+    N: tl.constexpr = pairs.shape[1]
+    radii = tl.broadcast_to(radii, pairs.shape)
+    turn = tl.broadcast_to(turn, pairs.shape)
+    if PTX:
+        asm: tl.constexpr = (
+            (
+                "{ .reg .b32 t; shf.l.wrap.b32 t, $3, $3, $4; and.b32 t, t, 0x0F000F00; "
+                "mul.rn.f16x2 t, t, $2; mov.b32 {$0, $1}, t; }"
+            )
+            if CALIBRATED
+            else (
+                "{ .reg .b32 t; mul.rn.f16x2 t, $3, $4; mul.rn.f16x2 t, t, $2; "
+                "mov.b32 {$0, $1}, t; }"
+            )
+        )
+        low, high = tl.inline_asm_elementwise(
+            asm, "=h,=h,r,r,r", [pairs, radii, turn], (tl.float16, tl.float16), True, 1
+        )
+    else:
+        if CALIBRATED:
+            wide = radii.to(tl.uint32, bitcast=True).to(tl.uint64)
+            turned = (wide << turn.to(tl.uint64)) | (wide >> (32 - turn).to(tl.uint64))
+            radii = turned.to(tl.uint32).to(tl.int32, bitcast=True) & 0x0F000F00
+        low, high = pair_of(radii)
+        if not CALIBRATED:
+            by, _ = pair_of(turn)
+            low, high = low * by, high * by
+        p_low, p_high = pair_of(pairs)
+        low, high = low * p_low, high * p_high
+    weights = tl.permute(tl.join(low, high), (0, 3, 4, 1, 2))
+    return tl.reshape(weights, [8 * M, 8 * N])
+
+
+@triton.jit
+def key_radius(words, B: tl.constexpr, CALIBRATED: tl.constexpr):
+    """int16 words -> float32 radii, calibrated ones times 2**-126."""
+    if CALIBRATED:
+        bits = (words.to(tl.int32) << (21 - 4 * B)) & 0x01E00000
+        return bits.to(tl.float32, bitcast=True)
+    return words.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def join_parts(columns):
+    """Products int32 [n, 2 heads] of both parts of the query -> float32 [n, heads]."""
+    heads: tl.constexpr = columns.shape[1] // 2
+    high, low = tl.split(tl.reshape(columns, [columns.shape[0], heads, 2]))
+    return ((high << 7) + low).to(tl.float32)
+
+
+@triton.jit
+def twice(x):
+    """[heads] -> [2 heads], in both columns of a head."""
+    wide = tl.broadcast_to(x[:, None], [x.shape[0], 2])
+    return tl.reshape(wide, [2 * x.shape[0]])
+
+
+@triton.jit
+def once(x):
+    """The inverse of `twice`."""
+    return tl.max(tl.reshape(x, [x.shape[0] // 2, 2]), 1)
+
+
+@triton.jit
+def integers_per_unit(q):
+    """What brings each column of q [k, 2 heads] to at most QUERY_PEAK."""
+    peak = tl.max(tl.abs(q), 0)
+    return tl.where(peak > 0, QUERY_PEAK / peak, 1.0)
+
+
+@triton.jit
+def to_integers(q, per_step, odd):
+    """float32 [k, 2 heads] -> int8 like q, and the integers' sums [2 heads]."""
+    whole = tl.floor(q * per_step[None, :] + 0.5).to(tl.int32)
+    high = (whole + 64) >> 7
+    parts = tl.where(odd[None, :], whole - (high << 7), high).to(tl.int8)
+    return parts, tl.sum(whole, 0)
