@@ -223,6 +223,20 @@ def graph_us(function: Callable[[], object]) -> float:
     return triton.testing.do_bench(graph.replay, warmup=10, rep=60, return_mode="median") * 1e3
 
 
+def kernel_us(function: Callable[[], object]) -> dict[str, float]:
+    """Microseconds of every kernel of one call."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        function()
+        torch.cuda.synchronize()
+    times: dict[str, float] = {}
+    for event in found.events():
+        name = event.name[:40]
+        times[name] = round(times.get(name, 0.0) + event.device_time_total, 1)
+    return times
+
+
 def peak_bytes(function: Callable[[], object]) -> int:
     """What a call allocates at most beyond what is there."""
     torch.cuda.synchronize()
@@ -288,6 +302,7 @@ def measure(name: str, shape: Shape, sweeps: dict[str, Any] | None) -> dict[str,
     row["ours_us"] = graph_us(run)
     row["ours_peak_bytes"] = peak_bytes(run)
     row["ours_cache_bytes"] = batch.arena.numel()
+    row["kernels_us"] = kernel_us(run)
     row["own_new_tokens_us"] = graph_us(batch.runner(tuning, False))
     peer = flashinfer_runner(shape)
     if peer is not None:
@@ -305,6 +320,7 @@ def measure(name: str, shape: Shape, sweeps: dict[str, Any] | None) -> dict[str,
         f"error max {row['max_error']:.4f} rms {row['rms_error']:.5f}",
         flush=True,
     )
+    print(f"    {row['kernels_us']}", flush=True)
     return row
 
 

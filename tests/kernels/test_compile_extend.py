@@ -38,7 +38,7 @@ constants = {
         "PTX": True,
     },
     "frame_rows": shape | {"STEPS": steps_of_bands(keys), "ROWS": 64},
-    "finish_rows": shape | {"M": tuning.tile_rows, "ROWS": 64, "PLANES": 2, "BANDS": (1, 4)},
+    "finish_rows": shape | {"M": tuning.tile_rows, "ROWS": 64, "PLANES": 2, "BANDS": (1, 4), "BLOCK": 32},
     "attend_new_rows": {
         "D": d, "DP": columns_of(d), "G": 4, "M": tuning.tile_rows, "BLOCK": 64
     },
@@ -64,7 +64,7 @@ source = ASTSource(
     constexprs=constants,
     attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
 )
-warps = tuning.warps if name in ("extend_pages", "attend_new_rows") else 4
+warps = {"frame_rows": 8, "finish_rows": 4}.get(name, tuning.warps)
 options = {"num_warps": warps}
 if name == "extend_pages" and tuning.registers:
     options["maxnreg"] = tuning.registers

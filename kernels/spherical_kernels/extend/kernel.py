@@ -436,15 +436,14 @@ def frame_rows(
 
 @triton.jit
 def joined_splits(Partial, Lse, place, column, splits, stride, total, DC: tl.constexpr):
-    """The splits' sums, weighted by their share of `total` (base 2): float32 [ROWS, DC]."""
-    sums = tl.zeros([place.shape[0], DC], tl.float32)
-    for split in range(splits):
+    """Columns of the splits' sums, weighted by their share of `total` (base 2): float32."""
+    sums = tl.zeros([place.shape[0], column.shape[0]], tl.float32)
+    for split in tl.range(splits, num_stages=3):
         at = place + split * stride
         logs = tl.load(Lse + at)
-        share = tl.exp2(logs - total)
         known = (logs > -float("inf"))[:, None]
         part = tl.load(Partial + at[:, None] * DC + column[None, :], mask=known, other=0.0)
-        sums += part * share[:, None]
+        sums += part * tl.exp2(logs - total)[:, None]
     return sums
 
 
@@ -453,7 +452,7 @@ def finish_rows(
     Partial, Lse, Tiles, Requests, Dual, Centre, Near, New, NewLse, Out, OutLse,
     rows, items, kv_heads,
     D: tl.constexpr, DC: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
-    PLANES: tl.constexpr, BANDS: tl.constexpr,
+    PLANES: tl.constexpr, BANDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a tile of one KV head: splits, frames, then new tokens become one attention.
 
@@ -489,15 +488,16 @@ def finish_rows(
     centre = tl.load(Centre + head * D + column, mask=column < D, other=0.0)
     out = tl.where(some[:, None], centre[None, :], 0.0)
     for i in tl.static_range(PLANES):
-        sums = joined_splits(
-            Partial + i * plane * DC, Lse + i * plane, place, column, splits, stride, total, DC
-        )
-        channel = channel_of(column, D, BANDS[i])
-        inside = (channel < D)[:, None] & (column < D)[None, :]
-        at = Dual + (i * kv_heads + head).to(tl.int64) * (D * D)
-        dual = tl.load(at + channel[:, None] * D + column[None, :], mask=inside, other=0.0)
-        sums = tl.where((channel < D)[None, :], sums, 0.0)
-        out = tl.dot(sums, dual, out, input_precision="tf32x3")
+        partial, logs = Partial + i * plane * DC, Lse + i * plane
+        at = Dual + (i * kv_heads + head).to(tl.int64) * (D * D) + column[None, :]
+        for start in range(0, DC, BLOCK):
+            part = start + tl.arange(0, BLOCK)
+            sums = joined_splits(partial, logs, place, part, splits, stride, total, DC)
+            channel = channel_of(part, D, BANDS[i])
+            sums = tl.where((channel < D)[None, :], sums, 0.0)
+            inside = (channel < D)[:, None] & (column < D)[None, :]
+            dual = tl.load(at + channel[:, None] * D, mask=inside, other=0.0)
+            out = tl.dot(sums, dual, out, input_precision="tf32x3")
     near = tl.load(Near + head.to(tl.int64) * rows + r, mask=known, other=0.0)
     prefix = tl.where(some, total + near, -float("inf"))
     at = (r // G * kv_heads + head).to(tl.int64) * G + r % G

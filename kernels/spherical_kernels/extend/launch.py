@@ -159,7 +159,7 @@ def _attend_prefix(
         frame_rows[(-(-rows // _FRAME_ROWS), kv_heads)](
             q, frames.key_duals[plane], frames.key_centre, framed[kind], scales[kind], near,
             tokens, rows, kv_heads, kind, scale * LOG2_E, D=d, DC=columns,
-            STEPS=steps_of_bands(keys), G=group, ROWS=_FRAME_ROWS,
+            STEPS=steps_of_bands(keys), G=group, ROWS=_FRAME_ROWS, num_warps=8,
         )  # fmt: skip
         extend_pages[(items, kv_heads)](
             words, entries, tables.items, tables.requests, tables.runs, framed[kind],
@@ -188,7 +188,7 @@ def _finish(
         new.contiguous(), new_lse.contiguous(), out, lse, rows, len(tables.items), kv_heads,
         D=d, DC=columns_of(d), G=heads // kv_heads, M=tables.tile_rows, ROWS=block,
         PLANES=len(prefix.planes), BANDS=tuple(_bands(plane) for plane in prefix.planes),
-        num_warps=4,
+        BLOCK=min(32, columns_of(d)), num_warps=4,
     )  # fmt: skip
     return out, lse
 
