@@ -38,7 +38,9 @@ constants = {
         "PTX": True,
     },
     "frame_rows": shape | {"STEPS": steps_of_bands(keys), "ROWS": 64},
-    "finish_rows": shape | {"M": tuning.tile_rows, "ROWS": 64, "PLANES": 2, "BANDS": (1, 4), "BLOCK": 32},
+    "finish_rows": shape | {
+        "M": tuning.tile_rows, "ROWS": 64, "PLANES": 2, "BANDS": (1, 4), "BLOCK": 32
+    },
     "attend_new_rows": {
         "D": d, "DP": columns_of(d), "G": 4, "M": tuning.tile_rows, "BLOCK": 64
     },
