@@ -107,3 +107,14 @@ def test_a_flush_forgets_what_was_gathered() -> None:
 def test_calibration_needs_something_to_learn_from() -> None:
     with pytest.raises(RuntimeError, match="before a prefill"):
         tiny_pool(4).frames.calibrate()
+
+
+def test_a_pool_that_only_warms_up_learns_nothing() -> None:
+    pool = tiny_pool(4)
+    pool.learning = False  # as the factory leaves it
+    prefill(pool, 200)
+    assert not pool.frames.ready
+    assert pool.frames.statistics.spread_count == [0, 0]
+    pool.start(None)
+    prefill(pool, 200)
+    assert pool.frames.ready
