@@ -326,7 +326,7 @@ def measure(name: str, shape: Shape, sweeps: dict[str, Any] | None) -> dict[str,
 
 def compile_all() -> None:
     """Fills Triton's cache, a process per candidate."""
-    command = [sys.executable, __file__, "--compile"]
+    command = [sys.executable, str(Path(__file__).resolve()), "--compile"]
     running = [subprocess.Popen([*command, str(i)]) for i in range(len(CANDIDATES))]
     for process in running:
         process.wait()

@@ -48,7 +48,7 @@ def step_of(column, STEPS: tl.constexpr):
 
 @triton.constexpr_function
 def unpack_asm(bands, index_of_band):
-    """PTX: word of every digit, factor and bias -> low and high lane, level * factor."""
+    """PTX: word of every digit, factor, and what to add -> low and high lane, level * factor."""
     band = bands[index_of_band]
     place = band[0]
     digits = 2 if band[9] else 1
@@ -82,16 +82,6 @@ def float16_bits(number):
     return int.from_bytes(struct.pack("<e", number), "little")
 
 
-@triton.constexpr_function
-def bias_asm(bands, index_of_band):
-    """PTX: factor -> the level of code 0, as unpack_asm adds it."""
-    band = bands[index_of_band]
-    if band[11] == 0:
-        return f"mov.b32 $0, {float16_bits(-band[1] * 2.0 ** (band[0] - 9)) * 0x10001};"
-    offset = float16_bits(-band[1] * 2.0 ** (band[0] - 24)) * 0x10001
-    return f"{{ .reg .b32 t; mov.b32 t, {offset}; mul.rn.f16x2 $0, $1, t; }}"
-
-
 @triton.jit
 def load_words(
     base, t, j, TILES: tl.constexpr, WORDS: tl.constexpr, W: tl.constexpr
@@ -123,17 +113,17 @@ def load_words(
 
 @triton.jit
 def unpack_lanes(
-    words, factor, HALF: tl.constexpr, BANDS: tl.constexpr, B: tl.constexpr, PTX: tl.constexpr
-):
+    words, factor, less, HALF: tl.constexpr, BANDS: tl.constexpr, B: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
     """Bytes HALF and HALF + 2 of the words: level * factor of band B, float16 [P, W] each.
 
     factor  int32 [P, 1], a float16 in both halves: times what undoes the operand's place and
             2**-24, or 2**-9 where the level is taken first
+    less    like factor, what the lanes of code 0 become before the second step, if any
     """
     if PTX:
         asm: tl.constexpr = unpack_asm(BANDS, B)
-        bias: tl.constexpr = bias_asm(BANDS, B)
-        less = tl.inline_asm_elementwise(bias, "=r,r", [factor], tl.int32, True, 1)
         first = words[BANDS[B][3]]
         factor = tl.broadcast_to(factor, first.shape)
         less = tl.broadcast_to(less, first.shape)
@@ -152,22 +142,25 @@ def unpack_lanes(
                 True, 1,
             )  # fmt: skip
     else:
-        half = (factor & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-        low = lane(words, half, HALF, BANDS, B)
-        high = lane(words, half, HALF + 2, BANDS, B)
+        low = lane(words, factor, less, HALF, BANDS, B)
+        high = lane(words, factor, less, HALF + 2, BANDS, B)
     return low, high
 
 
 @triton.jit
-def lane(words, factor, BYTE: tl.constexpr, BANDS: tl.constexpr, B: tl.constexpr):
-    """Byte BYTE of the words without PTX."""
+def lane(words, factor, less, BYTE: tl.constexpr, BANDS: tl.constexpr, B: tl.constexpr):
+    """Byte BYTE of the words without PTX, by the same steps."""
     code = words[BANDS[B][3]] >> (8 * BYTE + BANDS[B][4]) & ((1 << BANDS[B][5]) - 1)
     code = code << BANDS[B][6]
     if BANDS[B][9]:
         digit = words[BANDS[B][7]] >> (8 * BYTE + BANDS[B][8]) & ((1 << BANDS[B][9]) - 1)
         code |= digit << BANDS[B][10]
-    level = (code.to(tl.float32) - BANDS[B][1]) * 2.0 ** (BANDS[B][0] - (24 if BANDS[B][11] else 9))
-    return (level * factor.to(tl.float32)).to(tl.float16)
+    operand = code.to(tl.float32) * 2.0 ** (BANDS[B][0] - 24)
+    factor = (factor & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    less = (less & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    if BANDS[B][11]:
+        return (operand * factor.to(tl.float32) + less).to(tl.float16)
+    return (operand * 2.0**15 + less).to(tl.float16) * factor
 
 
 @triton.jit
@@ -184,33 +177,38 @@ def float16_pair(number, PTX: tl.constexpr):
 
 @triton.jit
 def factors_of(radii, BANDS: tl.constexpr, CALIBRATED: tl.constexpr, PTX: tl.constexpr):
-    """What multiplies the lanes of every band, as `float16_pair`.
+    """What multiplies the lanes of every band, and what is added, as `float16_pair`.
 
     radii  int32 [P]: 4 bits per band; or the bits of a float16
     """
-    pairs = ()
+    factors, less = (), ()
     for b in tl.static_range(len(BANDS)):
         if CALIBRATED:
             bits = (radii << (21 - 4 * b)) & (15 << 21)
-            factor = bits.to(tl.float32, bitcast=True) * 2.0**126 * BANDS[b][2]
+            radius = bits.to(tl.float32, bitcast=True) * 2.0**126
+            factor = radius * BANDS[b][2]
+            least = radius * (-BANDS[b][1] * BANDS[b][2] * 2.0 ** (BANDS[b][0] - 24))
         else:
             factor = radii.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * BANDS[b][2]
             factor = tl.where(factor > 60000.0, 60000.0, factor)  # NaN stays
-        pairs = pairs + (float16_pair(factor, PTX),)
-    return pairs
+            least = tl.full(radii.shape, -BANDS[b][1] * 2.0 ** (BANDS[b][0] - 9), tl.float32)
+        factors = factors + (float16_pair(factor, PTX),)
+        less = less + (float16_pair(least, PTX),)
+    return factors, less
 
 
 @triton.jit
 def unpack_rows(
-    words, pairs, BANDS: tl.constexpr, W: tl.constexpr, DC: tl.constexpr, PTX: tl.constexpr
-):
-    """Rows of words of every tile, times the factors of every band: float16 [rows, DC]."""
-    rows: tl.constexpr = pairs[0].shape[0]
+    words, factors, less, BANDS: tl.constexpr, W: tl.constexpr, DC: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """Levels in the words of every tile, times the factors of every band: float16 [rows, DC]."""
+    rows: tl.constexpr = factors[0].shape[0]
     parts = ()
     for b in tl.static_range(len(BANDS)):
         for half in tl.static_range(2):
             if BANDS[b][5]:
-                low, high = unpack_lanes(words, pairs[b], half, BANDS, b, PTX)
+                low, high = unpack_lanes(words, factors[b], less[b], half, BANDS, b, PTX)
             else:
                 low = tl.zeros([rows, W], tl.float16)
                 high = low
@@ -250,10 +248,11 @@ def load_centroids(
         at = Arena + ((addresses >> 2) + b * (D // 16))[:, None] + j[None, :]
         words = words + (tl.load(at, mask=mask, other=0),)
     pair = float16_pair(tl.where(inside, 2.0**9, 0.0), PTX)
+    least = float16_pair(tl.where(inside, -127.5 * 2.0**-9, 0.0), PTX)
     wholes, rests = (), ()
     for b in tl.static_range(len(BANDS)):
         for half in tl.static_range(2):
-            lanes = unpack_lanes(words, pair, half, BANDS, b, PTX)
+            lanes = unpack_lanes(words, pair, least, half, BANDS, b, PTX)
             for i in tl.static_range(2):
                 scaled = lanes[i].to(tl.float32) * SCALES[b]
                 whole = scaled.to(tl.float16)
@@ -358,7 +357,8 @@ def extend_pages(
                 base = tl.zeros([M], tl.float32)
                 per_dot = q_scale * SHRUNK
                 weigh = 0.0
-            k = unpack_rows(k_words, factors_of(k_radii, KB, CALIBRATED, PTX), KB, W, DC, PTX)
+            factors, less = factors_of(k_radii, KB, CALIBRATED, PTX)
+            k = unpack_rows(k_words, factors, less, KB, W, DC, PTX)
             dots = tl.dot(q, tl.trans(k))
             if not CALIBRATED:
                 dots = tl.where(valid[None, :], dots, -float("inf"))
@@ -371,7 +371,8 @@ def extend_pages(
                 masses = tl.where(mine[None, :], page_mass[:, None], masses * fade[:, None])
             mass = mass * fade + page_mass
             top = new_top
-            v = unpack_rows(v_words, factors_of(v_radii, VB, CALIBRATED, PTX), VB, W, DC, PTX)
+            factors, less = factors_of(v_radii, VB, CALIBRATED, PTX)
+            v = unpack_rows(v_words, factors, less, VB, W, DC, PTX)
             acc = tl.dot(p.to(tl.float16), v, acc * fade[:, None])
         if CALIBRATED:
             v_radius = load_scale(Arena, v_at, inside, D)
