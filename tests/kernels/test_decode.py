@@ -166,7 +166,7 @@ class Case:
             poison(tensor)
         run_decode(
             tables, self.kinds, q, pages, frames, self.scale, workspace, out, lse,
-            Tuning(stages=2, programs=1),
+            Tuning(programs=1, stages=2),
         )  # fmt: skip
         return out.cpu(), lse.cpu()
 

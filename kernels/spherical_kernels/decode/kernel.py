@@ -29,6 +29,7 @@ import triton.language as tl
 from .operands import (
     integers_per_unit,
     join_parts,
+    keep,
     key_radius,
     once,
     pair_of,
@@ -36,6 +37,7 @@ from .operands import (
     take_digit,
     take_runs,
     to_integers,
+    token_of,
     turn_weights,
     twice,
     weights_of,
@@ -121,7 +123,7 @@ def attend_pages(
     TILES: tl.constexpr = (len(VB) + 1) // 2  # of columns, two bands each
     column = tl.arange(0, COLUMNS)
     g = tl.arange(0, HEADS)
-    t = tl.arange(0, P)
+    t = token_of(tl.arange(0, P))
     k = tl.arange(0, K)
     w = tl.arange(0, W)
     d = tl.arange(0, DP)
@@ -162,6 +164,9 @@ def attend_pages(
         block_v = tl.load(Blocks + page * blocks_per_page + value_block)
         page = tl.load(Pages + tl.minimum(e + 2, end - 1)).to(tl.int64)
         keys, values = Arena + at_k, Arena + at_v
+        q, kept = (), q
+        for b in tl.static_range(len(KB)):
+            q = q + (keep(kept[b], PTX),)
         value_words = values.to(tl.pointer_type(tl.int16), bitcast=True)
         k_tiles, v_tiles = (), ()
         for i in tl.static_range(len(KT)):
@@ -170,7 +175,7 @@ def attend_pages(
             inside = (k < D // len(KB))[None, :]
             k_tiles = k_tiles + (load_tile(at, inside, D // len(KB), K),)
         for i in tl.static_range(len(VT)):
-            at = value_words + (VT[i][0] + t[None, :] * VT[i][1] + w[:, None])
+            at = value_words + (VT[i][0] + tl.arange(0, P)[None, :] * VT[i][1] + w[:, None])
             v_tiles = v_tiles + (load_tile(at, (w < VT[i][1])[:, None], VT[i][1], W),)
         k_words = tl.load(keys.to(tl.pointer_type(tl.int16), bitcast=True) + RADII + t)
         v_radii = tl.load(values.to(tl.pointer_type(tl.int32), bitcast=True) + RADII // 2 + pair)
@@ -251,7 +256,8 @@ def attend_pages(
             pairs = turn_weights(p * 2.0**P_SHIFT, PTX)
             bits = per_unit.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
             turn = bits | bits << 16
-        radii = tl.reshape(v_radii, [P // 8, 4])[:, None, None, :]
+        radii = tl.permute(tl.reshape(v_radii, [P // 16, 4, 2]), (0, 2, 1))
+        radii = tl.reshape(radii, [P // 8, 1, 1, 4])
         weights, new_weight, new_out = (), (), ()
         for u in tl.static_range(TILES):
             if CALIBRATED:

@@ -29,6 +29,9 @@ LOG2_E = 1.4426950408889634
 MOST_HEADS = 8
 """Query heads of a KV head that one program serves; more take more programs."""
 
+SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
+"""Shared memory of a multiprocessor, and what the system takes of it for every program."""
+
 _OPERAND_BITS = 10  # a float16 is linear in its low 10 bits
 
 Kind = tuple[SliceLayout, SliceLayout]
@@ -39,14 +42,14 @@ Kind = tuple[SliceLayout, SliceLayout]
 class Tuning:
     """How the main kernel is launched.
 
-    stages     pages in flight per program
     programs   per multiprocessor at once: how many items a plan should make
+    stages     at most: pages of a kind in flight per program, but for one
     warps      per program
     registers  at most, per thread; None leaves it to the compiler
     """
 
-    stages: int
     programs: int
+    stages: int = 4
     warps: int = 1
     registers: int | None = None
 
@@ -114,13 +117,20 @@ class DecodeWorkspace:
 def tuning_for(kinds: Sequence[Kind], group: int) -> Tuning:
     """The measured tuning for pages of these kinds."""
     wide = kinds[0][0].head_dim > 128
-    return Tuning(stages=4 if not wide else 3, programs=4 if wide else 8)
+    return Tuning(programs=4 if wide else 8)
 
 
-def items_for(kinds: Sequence[Kind], group: int, kv_heads: int, multiprocessors: int) -> int:
+def items_for(
+    kinds: Sequence[Kind],
+    group: int,
+    kv_heads: int,
+    multiprocessors: int,
+    tuning: Tuning | None = None,
+) -> int:
     """How many items keep the device busy."""
-    programs = tuning_for(kinds, group).programs * multiprocessors
-    return max(1, programs // (kv_heads * -(-group // MOST_HEADS)))
+    tuning = tuning or tuning_for(kinds, group)
+    programs = kv_heads * -(-group // MOST_HEADS)
+    return max(1, tuning.programs * multiprocessors // programs)
 
 
 def run_decode(
@@ -198,16 +208,21 @@ def kernel_constants(kinds: tuple[Kind, ...], group: int, tuning: Tuning) -> dic
         "G": group,
         "HEADS": 4 if group <= 4 else MOST_HEADS,
         "DP": max(16, _power_of_two(head_dim)),
-        "KINDS": tuple(_constants(keys, values, tuning.stages) for keys, values in kinds),
+        "KINDS": tuple(_constants(keys, values, tuning) for keys, values in kinds),
     }
 
 
-def _constants(keys: SliceLayout, values: SliceLayout, stages: int) -> tuple[Any, ...]:
+def _constants(keys: SliceLayout, values: SliceLayout, tuning: Tuning) -> tuple[Any, ...]:
     value_tiles = tuple((tile.offset_bytes // 2, tile.row_bytes // 2) for tile in values.tiles)
+    key_row = max(32, _power_of_two(keys.band_width))
+    value_row = max(16, _power_of_two(max(words for _, words in value_tiles)))
+    # what a page takes in shared memory: padded tiles, radii, centroids
+    page = keys.page_size * (len(keys.tiles) * key_row + len(value_tiles) * 2 * value_row + 4)
+    page += 2 * _power_of_two(keys.head_dim) + 64
+    room = SHARED_BYTES // tuning.programs - RESERVED_BYTES
     return (
-        keys.calibrated, keys.radii_offset_bytes // 2, max(32, _power_of_two(keys.band_width)),
-        max(16, _power_of_two(max(words for _, words in value_tiles))), *_key_tables(keys),
-        value_tiles, *_value_tables(values), stages,
+        keys.calibrated, keys.radii_offset_bytes // 2, key_row, value_row, *_key_tables(keys),
+        value_tiles, *_value_tables(values), min(tuning.stages, max(2, 1 + room // page)),
     )  # fmt: skip
 
 

@@ -80,10 +80,26 @@ def take_digit(
 
 
 @triton.jit
+def keep(x, PTX: tl.constexpr):
+    """int8 x itself, of which the compiler does not know: keeps it from laying out anew in a loop
+    what it need lay out but once."""
+    if PTX:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int8, True, 4)
+    return x
+
+
+@triton.jit
+def token_of(row):
+    """The token of each row of the keys' products: so that after `turn_weights` every lane has four
+    tokens in a row, as the values' product wants them."""
+    return row // 16 * 16 + row // 2 % 4 * 4 + row // 8 % 2 * 2 + row % 2
+
+
+@triton.jit
 def turn_weights(p, PTX: tl.constexpr):
     """p float32 [P, heads] -> float16 pairs, int32 [P // 8, heads // 4, 8, 4].
 
-    Element (i, n, g, c) holds tokens 8 i + 2 c and 8 i + 2 c + 1 of head 4 n + g // 2. In registers
+    Element (i, n, g, c) holds rows 8 i + 2 c and 8 i + 2 c + 1 of head 4 n + g // 2. In registers
     this takes a lane's logits to where the values' product wants its weights.
     """
     P: tl.constexpr = p.shape[0]
@@ -111,7 +127,8 @@ def pair_of(words):
 
 @triton.jit
 def weights_of(pairs, radii, turn, CALIBRATED: tl.constexpr, PTX: tl.constexpr):
-    """Pairs of `turn_weights` times radii -> float16 [P, 2 heads], an operand.
+    """Pairs of `turn_weights` times radii -> float16 [P, 2 heads], an operand in order of
+    tokens (`token_of`).
 
     radii  int32, of two tokens: 4-bit radii, of which a rotation by `turn` brings the wanted one to
            bit 8, where it reads as a float16 times 2**-14; or float16 ones, times `turn`
@@ -146,8 +163,8 @@ def weights_of(pairs, radii, turn, CALIBRATED: tl.constexpr, PTX: tl.constexpr):
             low, high = low * by, high * by
         p_low, p_high = pair_of(pairs)
         low, high = low * p_low, high * p_high
-    weights = tl.permute(tl.join(low, high), (0, 3, 4, 1, 2))
-    return tl.reshape(weights, [8 * M, 8 * N])
+    weights = tl.reshape(tl.join(low, high), [M // 2, 2, N, 8, 4, 2])
+    return tl.reshape(tl.permute(weights, (0, 4, 1, 5, 2, 3)), [8 * M, 8 * N])
 
 
 @triton.jit
