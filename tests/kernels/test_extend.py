@@ -53,6 +53,7 @@ class Case:
     tiers: tuple[tuple[Pattern, Pattern], ...] = DEFAULT
     loudness: float = 1.0
     dtype: torch.dtype = torch.float32
+    present: set[int] | None = None
     slices: list[list[torch.Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -173,6 +174,7 @@ class Case:
             req_to_token.to(DEVICE), slots.to(DEVICE), self.levels.to(torch.uint8).to(DEVICE),
             self.prefixes, [r.new for r in self.requests], page_size=self.page_size,
             group=self.group, kinds=len(self.tiers), tile_rows=tile_rows, most_items=most_items,
+            present=self.present,
         )  # fmt: skip
 
     def actual(self, tile_rows: int = 64, most_items: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,6 +240,11 @@ def test_mixed_levels_of_several_requests() -> None:
         Request("2102", 16),
     ]
     Case(requests, kv_heads=2, group=3).check(slack=2, most_items=9)  # few tokens: no averaging
+
+
+@pytest.mark.parametrize("present", [{1, 2}, {2}, {0, 2}], ids=str)
+def test_only_kinds_that_may_be_there_are_launched(present: set[int]) -> None:
+    Case([Request("".join(map(str, present)) * 2, 5)], present=present).check()
 
 
 def test_one_new_token() -> None:

@@ -399,17 +399,17 @@ def extend_pages(
     tl.store(Lse + place, lse)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "kind"])
+@triton.jit(do_not_specialize=["tokens", "first"])
 def frame_rows(
-    Q, Dual, Centre, Framed, Scales, Near, tokens, rows, kv_heads, kind, scale,
+    Q, Dual, Centre, Framed, Scales, Near, tokens, kv_heads, first, scale,
     D: tl.constexpr, DC: tl.constexpr, STEPS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Queries of one KV head into the frame and the steps of one kind: ROWS rows by every program.
 
     Q       [tokens, kv_heads * G, D]; logits in base 2 are `scale` times q . k
     Dual    float32 [kv_heads, D, D], B; Centre float32 [kv_heads, D]
-    Framed  float16 [kv_heads, rows, DC] at most 2**8, times 1 / Scales float32 [kv_heads, rows];
-            Near float32 [kv_heads, rows], q . centre, both in base 2; rows >= tokens * G
+    Framed  float16 [kv_heads, tokens * G, DC] at most 2**8, times 1 / Scales float32 [kv_heads,
+            tokens * G]; Near like Scales, q . centre, written where `first`; all in base 2
     """
     head = tl.program_id(1)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -426,11 +426,11 @@ def frame_rows(
     framed = tl.dot(q, turned, input_precision="tf32x3") * step_of(d, STEPS)[None, :]
     peak = tl.max(tl.abs(framed), 1)
     unit = tl.where(peak > 0, peak * 2.0**-8, 1.0)
-    place = head.to(tl.int64) * rows + r
+    place = head.to(tl.int64) * (tokens * G) + r
     framed = (framed / unit[:, None]).to(tl.float16)
     tl.store(Framed + place[:, None] * DC + d[None, :], framed, mask=known[:, None])
     tl.store(Scales + place, unit, mask=known)
-    if kind == 0:
+    if first:
         centre = tl.load(Centre + head * D + d, mask=d < D, other=0.0)
         tl.store(Near + place, tl.sum(q * centre[None, :], 1), mask=known)
 

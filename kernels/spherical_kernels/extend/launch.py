@@ -142,32 +142,33 @@ def _attend_prefix(
     tokens, heads, d = q.shape
     kv_heads = frames.key_centre.shape[0]
     group, columns = heads // kv_heads, columns_of(d)
-    plane_of = [FRAMES.index(keys.pattern.frame) for keys, _ in kinds]
-    planes = tuple(sorted(set(plane_of)))
+    plane_of = {kind: FRAMES.index(kinds[kind][0].pattern.frame) for kind in tables.present}
+    planes = tuple(sorted(set(plane_of.values())))
     f32: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
-    items = len(tables.items)
-    rows = -(-tokens * group // 16) * 16  # keeps every kind's part aligned
-    framed = torch.empty(len(kinds), kv_heads, rows, columns, dtype=torch.float16, device=q.device)
-    scales = torch.empty(len(kinds), kv_heads, rows, **f32)
+    items, rows = len(tables.items), tokens * group
+    framed = torch.empty(kv_heads, rows, columns, dtype=torch.float16, device=q.device)
+    scales = torch.empty(kv_heads, rows, **f32)
     near = torch.empty(kv_heads, rows, **f32)
     partial = torch.empty(len(planes), items, kv_heads, tables.tile_rows, columns, **f32)
     lse = torch.empty(len(planes), items, kv_heads, tables.tile_rows, **f32)
     words = arena.view(torch.int32)
-    for kind, (keys, values) in enumerate(kinds):
-        plane = plane_of[kind]
+    written: set[int] = set()
+    for kind, plane in plane_of.items():
+        keys, values = kinds[kind]
         place = planes.index(plane)
         frame_rows[(-(-rows // _FRAME_ROWS), kv_heads)](
-            q, frames.key_duals[plane], frames.key_centre, framed[kind], scales[kind], near,
-            tokens, rows, kv_heads, kind, scale * LOG2_E, D=d, DC=columns,
+            q, frames.key_duals[plane], frames.key_centre, framed, scales, near, tokens,
+            kv_heads, int(not written), scale * LOG2_E, D=d, DC=columns,
             STEPS=steps_of_bands(keys), G=group, ROWS=_FRAME_ROWS, num_warps=8,
         )  # fmt: skip
         extend_pages[(items, kv_heads)](
-            words, entries, tables.items, tables.requests, tables.runs, framed[kind],
-            scales[kind], partial[place], lse[place], rows, entries.shape[1],
+            words, entries, tables.items, tables.requests, tables.runs, framed, scales,
+            partial[place], lse[place], rows, entries.shape[1],
             **kernel_constants(keys, values, group), M=tables.tile_rows, KIND=kind,
-            KINDS=len(kinds), FIRST=plane_of.index(plane) == kind, STAGES=tuning.stages,
+            KINDS=len(kinds), FIRST=plane not in written, STAGES=tuning.stages,
             PTX=_has_ptx(q.device), num_warps=tuning.warps, maxnreg=tuning.registers,
         )  # fmt: skip
+        written.add(plane)
     return _Prefix(planes, partial, lse, near)
 
 

@@ -11,7 +11,7 @@ knows. Nothing here waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,7 @@ class ExtendTables:
     requests    int32 [requests, 4]: first new token, new tokens, valid tokens of the last page, 0
     tiles       int32 [tiles, 4]: request, first row, first item, items (0 without a prefix)
     items       int32 [items, 4]: request, first row, share, shares
+    present     kinds that may be among the pages: the others are not launched
     tile_rows   rows of a tile
     lengths     new tokens of every request
     """
@@ -47,6 +48,7 @@ class ExtendTables:
     requests: torch.Tensor
     tiles: torch.Tensor
     items: torch.Tensor
+    present: tuple[int, ...]
     tile_rows: int
     lengths: tuple[int, ...]
 
@@ -67,6 +69,7 @@ def build_tables(
     kinds: int,
     tile_rows: int,
     most_items: int,
+    present: Collection[int] | None = None,
 ) -> ExtendTables:
     """Tables for requests with `prefixes` cached and `lengths` new tokens.
 
@@ -75,6 +78,7 @@ def build_tables(
     page_level    uint8 [num_pages] on the device, the kind of each page
     group         query heads per KV head
     most_items    items of one KV head that run at once
+    present       kinds that may be among the pages, where the host knows; None for all
     Raises ValueError when there are not as many prefixes as lengths.
     """
     if len(prefixes) != len(lengths):
@@ -103,6 +107,7 @@ def build_tables(
         requests=parts[0],
         tiles=parts[1],
         items=parts[2],
+        present=tuple(sorted(range(kinds) if present is None else present)),
         tile_rows=tile_rows,
         lengths=tuple(int(n) for n in tokens),
     )
