@@ -60,6 +60,7 @@ class ExtendPlan:
             page_size=layout.page_size, group=group, kinds=len(layout.levels),
             tile_rows=self.tuning.tile_rows,
             most_items=max(1, MULTIPROCESSORS * self.tuning.programs // layout.kv_heads),
+            present=self.pool.levels_seen,
         )  # fmt: skip
         self.new_tokens = NewTokens(
             self.tables, q.shape[1], k.shape[1], layout.head_dim, scale, q.dtype

@@ -31,6 +31,7 @@ class SphericalKVPool(KVCache):
     order     the stream on which pages change
     learning  whether the frames learn from prefills: not from those that only warm up or capture
     kernels   whether GPU kernels do the work; on a CPU their references do
+    levels_seen  levels that a page may have been given since the last flush
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class SphericalKVPool(KVCache):
         )
         self.kernels = self.arena.device.type == "cuda"
         self.signs = rotation_signs(self.frames.rotation)
+        self.levels_seen = {0}
         self.order = DeviceOrder()
         self.learning = True
         self._finalize_allocation_log(size)
@@ -138,10 +140,12 @@ class SphericalKVPool(KVCache):
 
     def lower(self, pages: torch.Tensor, old: int, new: int) -> torch.Tensor:
         """Re-encodes full pages [n] from level `old` to `new`; returns the blocks given back."""
+        self.levels_seen.add(new)
         return lower_pages(self.arena, self.frames, pages, old, new, self.kernels)
 
     def forget(self) -> None:
         """The cache was flushed: frames gathered online start again."""
+        self.levels_seen = {0}
         self.frames.reset()
 
     @property
