@@ -33,9 +33,9 @@ tuning = tuning_for(kinds, group)
 constants = kernel_constants(kinds, group, tuning) | {"PTX": True, "PDL": capability >= 90}
 types = {
     "Arena": "*i8", "Items": "*i32", "Pages": "*i32", "Blocks": "*i32", "Places": "*i32",
-    "Q": "*fp32", "Out": "*fp32", "Lse": "*fp32",
+    "Parts": "*i8", "Sums": "*i32", "Units": "*fp32", "Out": "*fp32", "Lse": "*fp32",
 } | dict.fromkeys(
-    ("max_pages", "blocks_per_page", "block_bytes", "kind_stride", "kv_heads", "q_stride"), "i32"
+    ("max_pages", "blocks_per_page", "block_bytes", "kind_stride", "kv_heads", "stride"), "i32"
 )
 aligned = [i for i, name in enumerate(types) if types[name] != "i32"]
 aligned.append(list(types).index("block_bytes"))

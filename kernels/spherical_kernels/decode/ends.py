@@ -6,42 +6,61 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+BANDS = tl.constexpr(4)  # of a calibrated frame
+QUERY_PEAK = tl.constexpr(16000.0)  # largest integer of a query: high part at most 125
 NONE = tl.constexpr(-1e30)  # the maximum of no logits
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def frame_queries(
-    Q, Dual, Centre, Framed, Near, batch, kv_heads, stride, scale,
-    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PDL: tl.constexpr,
+    Q, Dual, Centre, Parts, Sums, Units, Near, batch, kv_heads, stride, scale,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Queries into a key frame: COLUMNS channels of ROWS queries of one KV head by every program.
+    """Queries into a key frame and to integers: ROWS queries of one KV head by every program.
 
     Q       [batch, kv_heads * G, D]; logits in base 2 are `scale` times q . k
     Dual    float32 [2, kv_heads, D, D], B; Centre float32 [kv_heads, D]
-    Framed  float32 [2, batch, kv_heads * G, D], frames `stride` apart: B q; and Near float32
-            [batch, kv_heads * G], q . centre, both in base 2
+    Near    float32 [batch, kv_heads * G], q . centre, base 2
+    The rest by set, which are `stride` queries apart: in the hot frame, in the calibrated one by
+    bands, in the calibrated one as a whole; [3, batch, kv_heads * G, ...]:
+    Parts   int8 [..., 2, D], integers, their high then their low part: 128 * high + low
+    Sums    int32 [..., BANDS], sums of a band's integers; Units float32 [..., BANDS], what an
+            integer of the band stands for, base 2
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0) % kv_heads
-    frame = tl.program_id(2)
+    of_set = tl.program_id(1)
     m = tl.program_id(0) // kv_heads * ROWS + tl.arange(0, ROWS)
     known = m < batch * G
     query = (m // G * kv_heads + head) * G + m % G
     d = tl.arange(0, DP)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = known[:, None] & (d < D)[None, :]
     q = tl.load(Q + query[:, None] * D + d[None, :], mask=inside, other=0.0)
     q = q.to(tl.float32) * scale
-    dual = Dual + (frame * kv_heads + head).to(tl.int64) * (D * D)
-    inside = (d < D)[:, None] & (column < D)[None, :]
-    turned = tl.load(dual + column[None, :] * D + d[:, None], mask=inside, other=0.0)
+    dual = Dual + (tl.minimum(of_set, 1) * kv_heads + head).to(tl.int64) * (D * D)
+    at = dual + d[None, :] * D + d[:, None]
+    turned = tl.load(at, mask=(d < D)[:, None] & (d < D)[None, :], other=0.0)
     framed = tl.dot(q, turned, input_precision="tf32x3")
-    target = Framed + frame.to(tl.int64) * stride + query[:, None] * D + column[None, :]
-    tl.store(target, framed, mask=known[:, None] & (column < D)[None, :])
-    if (frame == 0) & (tl.program_id(1) == 0):
+    width = tl.where(of_set == 1, D // BANDS, D)
+    place = (of_set * stride + query).to(tl.int64)
+    per_step = tl.full([ROWS, DP], 0.0, tl.float32)
+    for b in tl.static_range(BANDS):
+        mine = (d // width == b)[None, :]
+        peak = tl.max(tl.where(mine, tl.abs(framed), 0.0), 1)
+        of_band = tl.where(peak > 0, QUERY_PEAK / peak, 1.0)
+        per_step = tl.where(mine, of_band[:, None], per_step)
+        tl.store(Units + place * BANDS + b, 1.0 / of_band, mask=known)
+    whole = tl.floor(framed * per_step + 0.5).to(tl.int32)
+    high = (whole + 64) >> 7
+    target = Parts + place[:, None] * (2 * D) + d[None, :]
+    tl.store(target, high.to(tl.int8), mask=inside)
+    tl.store(target + D, (whole - (high << 7)).to(tl.int8), mask=inside)
+    for b in tl.static_range(BANDS):
+        total = tl.sum(tl.where((d // width == b)[None, :], whole, 0), 1)
+        tl.store(Sums + place * BANDS + b, total, mask=known)
+    if of_set == 0:
         centre = tl.load(Centre + head * D + d, mask=d < D, other=0.0)
         tl.store(Near + query, tl.sum(q * centre[None, :], 1), mask=known)
 

@@ -16,7 +16,8 @@ A kind is described by tuples of constants:
     KD   (tile, band, shift in the byte, bits, place in the operand) of every digit
     KB   (place, what a level exceeds 0 by in code units, step) of every band; step 0 uncoded
     VT   (first word, words per row) of every tile of the values
-    VP   (band, first channel, words): channels first, first + 2, ... of a band
+    VP   (band, first channel, words, other part or -1): channels first, first + 2, ... of a band;
+         where its operand holds both codes of a byte, the sum of the other part is to be taken off
     VD   (tile, part, shift in the word, bits, place in the operand)
     VB   (what a code exceeds its level by, factor that undoes place, 2**-24 and the step)
 """
@@ -27,16 +28,13 @@ import triton
 import triton.language as tl
 
 from .operands import (
-    integers_per_unit,
     join_parts,
     keep,
     key_radius,
-    once,
     pair_of,
     take_bytes,
     take_digit,
     take_runs,
-    to_integers,
     token_of,
     turn_weights,
     twice,
@@ -67,42 +65,53 @@ def load_tile(at, inside, WORDS: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def load_query(q_row, column, real_heads, D: tl.constexpr, K: tl.constexpr, KB: tl.constexpr):
+def load_query(
+    Parts, Sums, Units, query, real_heads, D: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr,
+    KB: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
     """Of every band: the query as integers, int8 [K, 2 heads]; where its sums start, int32
-    [2 heads]; logits per unit of them, float32 [heads]."""
+    [2 heads]; logits per unit of them, float32 [heads]. Of queries from `query` on."""
     k = tl.arange(0, K)
+    g = tl.arange(0, HEADS)
+    column = tl.arange(0, 2 * HEADS)
     odd = column % 2 == 1
-    real = (column // 2 < real_heads)[None, :]
     parts, starts, units = (), (), ()
     WIDTH: tl.constexpr = D // len(KB)
     for b in tl.static_range(len(KB)):
-        at = q_row + (column // 2 * D)[None, :] + (b * WIDTH + k)[:, None]
-        q = tl.load(at, mask=(k < WIDTH)[:, None] & real, other=0.0)
-        per_step = integers_per_unit(q)
-        part, total = to_integers(q, per_step, odd)
-        offset = tl.floor(total.to(tl.float32) * KB[b][1] + 0.5).to(tl.int32)
-        parts = parts + (part,)
+        at = Parts + (query * 2 + column)[None, :] * D + (b * WIDTH + k)[:, None]
+        inside = (k < WIDTH)[:, None] & (column // 2 < real_heads)[None, :]
+        parts = parts + (keep(tl.load(at, mask=inside, other=0), PTX),)
+        at = Sums + (query + column // 2) * 4 + b
+        total = tl.load(at, mask=column // 2 < real_heads, other=0).to(tl.float32)
+        offset = tl.floor(total * KB[b][1] + 0.5).to(tl.int32)
         starts = starts + (tl.where(odd, -(offset & 127), -(offset >> 7)),)
-        units = units + (once(KB[b][2] * 2.0 ** -KB[b][0] / per_step),)
+        unit = tl.load(Units + (query + g) * 4 + b, mask=g < real_heads, other=0.0)
+        units = units + (unit * (KB[b][2] * 2.0 ** -KB[b][0]),)
     return parts, starts, units
 
 
 @triton.jit
-def load_whole_query(q_row, column, real_heads, D: tl.constexpr, DP: tl.constexpr):
+def load_whole_query(
+    Parts, Sums, Units, query, real_heads, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
     """The query for centroids: int8 [DP, 2 heads], what its half steps add, and its unit, float32
     [heads] both."""
     d = tl.arange(0, DP)
-    at = q_row + (column // 2 * D)[None, :] + d[:, None]
-    q = tl.load(at, mask=(d < D)[:, None] & (column // 2 < real_heads)[None, :], other=0.0)
-    per_step = integers_per_unit(q)
-    parts, total = to_integers(q, per_step, column % 2 == 1)
-    return parts, once(total).to(tl.float32) * 0.5, 1.0 / once(per_step)
+    g = tl.arange(0, HEADS)
+    column = tl.arange(0, 2 * HEADS)
+    at = Parts + (query * 2 + column)[None, :] * D + d[:, None]
+    inside = (d < D)[:, None] & (column // 2 < real_heads)[None, :]
+    parts = keep(tl.load(at, mask=inside, other=0), PTX)
+    total = tl.load(Sums + (query + g) * 4, mask=g < real_heads, other=0)
+    unit = tl.load(Units + (query + g) * 4, mask=g < real_heads, other=0.0)
+    return parts, total.to(tl.float32) * 0.5, unit
 
 
 @triton.jit
 def attend_pages(
-    Arena, Pages, Blocks, places, q_row, target, lse_target, first, end, last_valid,
-    blocks_per_page, block_bytes, real_heads,
+    Arena, Pages, Blocks, places, Parts, Sums, Units, query, stride, target, lse_target,
+    first, end, last_valid, blocks_per_page, block_bytes, real_heads,
     D: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, DP: tl.constexpr,
     KINDS: tl.constexpr, KIND: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +138,8 @@ def attend_pages(
     d = tl.arange(0, DP)
     pair = tl.arange(0, P // 2)
     slot = (tl.arange(0, 8) % 2)[None, None, :, None]
-    q, starts, units = load_query(q_row, column, real_heads, D, K, KB)
+    query += stride if CALIBRATED else 0
+    q, starts, units = load_query(Parts, Sums, Units, query, real_heads, D, HEADS, K, KB, PTX)
     top = tl.full([HEADS], NONE, tl.float32)
     mass = tl.zeros([HEADS], tl.float32)
     ones = tl.full([16, P], 1.0, tl.float16)
@@ -140,7 +150,9 @@ def attend_pages(
     for u in tl.static_range(TILES):
         weight = weight + (tl.zeros([16, COLUMNS], tl.float32),)
     if CALIBRATED:
-        whole_q, half_steps, c_unit = load_whole_query(q_row, column, real_heads, D, DP)
+        whole_q, half_steps, c_unit = load_whole_query(
+            Parts, Sums, Units, query + stride, real_heads, D, DP, HEADS, PTX
+        )
         scaled = ()
         for b in tl.static_range(len(KB)):
             scaled = scaled + (units[b] * ROOT_UNIT,)
@@ -164,9 +176,6 @@ def attend_pages(
         block_v = tl.load(Blocks + page * blocks_per_page + value_block)
         page = tl.load(Pages + tl.minimum(e + 2, end - 1)).to(tl.int64)
         keys, values = Arena + at_k, Arena + at_v
-        q, kept = (), q
-        for b in tl.static_range(len(KB)):
-            q = q + (keep(kept[b], PTX),)
         value_words = values.to(tl.pointer_type(tl.int16), bitcast=True)
         k_tiles, v_tiles = (), ()
         for i in tl.static_range(len(KT)):
@@ -285,7 +294,8 @@ def attend_pages(
     by_column = twice(inverse * scale)
     for i in tl.static_range(len(VP)):
         offset = tl.max(weight[VP[i][0] // 2], 0) * VB[VP[i][0]][0]
-        sums = (out[i] - offset[None, :]) * (by_column * VB[VP[i][0]][1])[None, :]
+        sums = out[i] - (out[VP[i][3]] if VP[i][3] >= 0 else 0.0)
+        sums = (sums - offset[None, :]) * (by_column * VB[VP[i][0]][1])[None, :]
         mine = (column // 2 < real_heads) & (column % 2 == VP[i][0] % 2)
         inside = (w < VP[i][2])[:, None] & mine[None, :]
         at = target + (column // 2 * D)[None, :] + (VP[i][1] + 2 * w)[:, None]
@@ -298,8 +308,8 @@ def attend_pages(
 
 @triton.jit
 def decode_pages(
-    Arena, Items, Pages, Blocks, Places, Q, Out, Lse, max_pages, blocks_per_page, block_bytes,
-    kind_stride, kv_heads, q_stride,
+    Arena, Items, Pages, Blocks, Places, Parts, Sums, Units, Out, Lse, max_pages,
+    blocks_per_page, block_bytes, kind_stride, kv_heads, stride,
     D: tl.constexpr, P: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, DP: tl.constexpr,
     KINDS: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -310,8 +320,7 @@ def decode_pages(
     Pages   int32 [requests, max_pages], pages of each request in order of kind
     Places  int32 [kinds, kv_heads, 2, 2], block of the page and byte offset of keys and values;
             a kind's are kind_stride apart
-    Q       float32 [2, requests, kv_heads, G, D] in both key frames, q_stride apart; gives logits
-            in base 2
+    Parts, Sums, Units  queries as `frame_queries` leaves them, sets `stride` queries apart
     Out     float32 [items, kv_heads, G, D] in the value frame; Lse [items, kv_heads, G], base 2
     """
     head = tl.program_id(0)
@@ -330,13 +339,13 @@ def decode_pages(
     kind = which >> 16
     request = (which & 0xFFFF).to(tl.int64)
     places = Places + kind.to(tl.int64) * kind_stride + head * 4
-    q_row = Q + ((request * kv_heads + head) * G + first_head) * D
+    query = (request * kv_heads + head) * G + first_head
     at = (item.to(tl.int64) * kv_heads + head) * G + first_head
     for i in tl.static_range(len(KINDS)):
         if kind == i:
             attend_pages(
                 Arena, Pages + request * max_pages, Blocks, places,
-                q_row + (q_stride if of_kind(KINDS, i, 0) else 0), Out + at * D, Lse + at,
+                Parts, Sums, Units, query, stride, Out + at * D, Lse + at,
                 first, end, last_valid, blocks_per_page, block_bytes, G - first_head,
                 D, P, HEADS, DP, KINDS, i, PTX,
             )  # fmt: skip

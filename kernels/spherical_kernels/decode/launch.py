@@ -16,14 +16,17 @@ import torch
 import triton
 
 from ..codec.pages import GAUSSIAN_STEP
-from ..codec.patterns import FrameKind
-from ..codec.slices import SliceLayout
+from ..codec.patterns import BANDS, FrameKind
+from ..codec.slices import SliceLayout, Tile
 from ..plan.launch import PlanTables
 from .ends import frame_queries, merge_rows
 from .kernel import decode_pages
 
 FRAMES = (FrameKind.HOT, FrameKind.CALIBRATED)
 """Order of the frames in every table."""
+
+SETS = 3
+"""Forms of a query: in the hot frame, in the calibrated one by bands, in that one as a whole."""
 
 LOG2_E = 1.4426950408889634
 MOST_HEADS = 8
@@ -88,13 +91,17 @@ class LayerPages:
 class DecodeWorkspace:
     """What a run writes between its launches, for any layer.
 
-    framed       float32 [2, max_batch, heads, d], queries in both key frames
+    parts        int8 [SETS, max_batch, heads, 2, d], queries in the key frames as integers
+    sums         int32 [SETS, max_batch, heads, BANDS], of a band's integers
+    units        float32 [SETS, max_batch, heads, BANDS], what an integer stands for
     near         float32 [max_batch, heads], q . centre
     partial      float32 [max_items, heads, d], in the value frames
     partial_lse  float32 [max_items, heads]
     """
 
-    framed: torch.Tensor
+    parts: torch.Tensor
+    sums: torch.Tensor
+    units: torch.Tensor
     near: torch.Tensor
     partial: torch.Tensor
     partial_lse: torch.Tensor
@@ -105,11 +112,13 @@ class DecodeWorkspace:
     ) -> DecodeWorkspace:
         """For `heads` query heads of this rank."""
 
-        def table(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=device)
+        def table(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
 
         return cls(
-            table(len(FRAMES), max_batch, heads, head_dim), table(max_batch, heads),
+            table(SETS, max_batch, heads, 2, head_dim, dtype=torch.int8),
+            table(SETS, max_batch, heads, BANDS, dtype=torch.int32),
+            table(SETS, max_batch, heads, BANDS), table(max_batch, heads),
             table(max_items, heads, head_dim), table(max_items, heads),
         )  # fmt: skip
 
@@ -154,7 +163,7 @@ def run_decode(
     """
     batch, heads, d = q.shape
     kv_heads = frames.key_centre.shape[0]
-    _, max_batch, most_heads, _ = workspace.framed.shape
+    _, max_batch, most_heads, _, _ = workspace.parts.shape
     if heads % kv_heads or heads != most_heads or batch > max_batch or not q.is_contiguous():
         raise ValueError(
             f"q: expected at most {max_batch} rows of {most_heads} heads over {kv_heads} KV heads, "
@@ -165,19 +174,19 @@ def run_decode(
     pdl = _has_ptx(q.device)
     width = max(16, _power_of_two(d))
     tile: dict[str, Any] = {"D": d, "DP": width, "G": group}
-    rows, columns = 16 if batch * group <= 16 else 32, min(width, 32)
-    grid = -(-batch * group // rows) * kv_heads, -(-d // columns), len(FRAMES)
-    frame_queries[grid](
-        q, frames.key_duals, frames.key_centre, workspace.framed, workspace.near, batch, kv_heads,
-        workspace.framed.stride(0), scale * LOG2_E, **tile, ROWS=rows, COLUMNS=columns, PDL=pdl,
+    rows = min(64, max(16, _power_of_two(batch * group) // 4))
+    queries = workspace.parts, workspace.sums, workspace.units
+    frame_queries[(-(-batch * group // rows) * kv_heads, SETS)](
+        q, frames.key_duals, frames.key_centre, *queries, workspace.near, batch, kv_heads,
+        max_batch * heads, scale * LOG2_E, **tile, ROWS=rows, PDL=pdl,
     )  # fmt: skip
     max_items, max_pages = len(tables.items), tables.pages.shape[1]
     options = {"launch_pdl": True} if pdl else {}
     decode_pages[(kv_heads, max_items, -(-group // MOST_HEADS))](
         pages.arena.view(torch.int8), tables.items, tables.pages, pages.page_blocks, pages.places,
-        workspace.framed, workspace.partial, workspace.partial_lse, max_pages,
+        *queries, workspace.partial, workspace.partial_lse, max_pages,
         pages.page_blocks.shape[1], pages.block_bytes, pages.places.stride(0), kv_heads,
-        workspace.framed.stride(0), **kernel_constants(kinds, group, tuning), PTX=pdl, PDL=pdl,
+        max_batch * heads, **kernel_constants(kinds, group, tuning), PTX=pdl, PDL=pdl,
         num_warps=tuning.warps, maxnreg=tuning.registers, **options,
     )  # fmt: skip
     columns = min(width, 32 if batch * kv_heads < 64 else 128)
@@ -249,8 +258,10 @@ def _value_tables(layout: SliceLayout) -> tuple[Any, ...]:
     """VP, VD and VB as kernel.py describes them."""
     places = _places(layout, _OPERAND_BITS)
     parts: list[tuple[int, int, int]] = []
+    less: dict[int, int] = {}
     digits = []
     for index, tile in enumerate(layout.tiles):
+        whole = _is_whole(layout, tile)
         for digit in tile.digits:
             for run in range(tile.runs):
                 for half in (0, 1):
@@ -260,12 +271,25 @@ def _value_tables(layout: SliceLayout) -> tuple[Any, ...]:
                         parts.append(part)
                     shift = digit.byte_shift + run * digit.bits + 8 * half
                     place = places[digit.band] + digit.code_shift
-                    digits.append((index, parts.index(part), shift, digit.bits, place))
+                    if whole and digit.byte_shift:
+                        less[len(parts) - 1] = len(parts) + 1
+                        digits.append((index, len(parts) - 1, 8 * half, 8, 0))
+                    else:
+                        digits.append((index, parts.index(part), shift, digit.bits, place))
     bands = []
     for band, bits in enumerate(layout.pattern.bits):
         unit = 2.0 ** (places.get(band, 0) - 24)
         bands.append(((2**bits - 1) / 2 * unit, _step(layout, bits) / unit if bits else 0.0))
-    return tuple(parts), tuple(digits), tuple(bands)
+    with_less = tuple((*part, less.get(i, -1)) for i, part in enumerate(parts))
+    return with_less, tuple(digits), tuple(bands)
+
+
+def _is_whole(layout: SliceLayout, tile: Tile) -> bool:
+    """Whether bytes are operands as they are: two codes of bands that share columns, of which the
+    lower one's sum is taken off at the end."""
+    bands = [digit.band for digit in tile.digits]
+    single = all(digit.bits == layout.pattern.bits[digit.band] == 4 for digit in tile.digits)
+    return len(bands) == 2 and single and bands[0] // 2 == bands[1] // 2
 
 
 def _step(layout: SliceLayout, bits: int) -> float:

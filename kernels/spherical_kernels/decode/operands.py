@@ -9,8 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-QUERY_PEAK = tl.constexpr(16000.0)  # largest integer of a query: high part at most 125
-
 
 @triton.constexpr_function
 def byte_asm(shift, bits, place):
@@ -189,25 +187,3 @@ def twice(x):
     """[heads] -> [2 heads], in both columns of a head."""
     wide = tl.broadcast_to(x[:, None], [x.shape[0], 2])
     return tl.reshape(wide, [2 * x.shape[0]])
-
-
-@triton.jit
-def once(x):
-    """The inverse of `twice`."""
-    return tl.max(tl.reshape(x, [x.shape[0] // 2, 2]), 1)
-
-
-@triton.jit
-def integers_per_unit(q):
-    """What brings each column of q [k, 2 heads] to at most QUERY_PEAK."""
-    peak = tl.max(tl.abs(q), 0)
-    return tl.where(peak > 0, QUERY_PEAK / peak, 1.0)
-
-
-@triton.jit
-def to_integers(q, per_step, odd):
-    """float32 [k, 2 heads] -> int8 like q, and the integers' sums [2 heads]."""
-    whole = tl.floor(q * per_step[None, :] + 0.5).to(tl.int32)
-    high = (whole + 64) >> 7
-    parts = tl.where(odd[None, :], whole - (high << 7), high).to(tl.int8)
-    return parts, tl.sum(whole, 0)
