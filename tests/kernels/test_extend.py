@@ -236,7 +236,7 @@ def test_mixed_levels_of_several_requests() -> None:
         Request("0112201", 3),
         Request("", 19),
         Request("0", 1, partial=1),
-        Request("11111111111111111110", 17, partial=63),
+        Request("11111110", 17, partial=63),
         Request("2102", 16),
     ]
     Case(requests, kv_heads=2, group=3).check(slack=2, most_items=9)  # few tokens: no averaging
@@ -255,15 +255,14 @@ def test_no_prefix_at_all() -> None:
     Case([Request("", 70), Request("", 3)]).check()
 
 
-@pytest.mark.parametrize("tile_rows", [64, 128])
-@pytest.mark.parametrize("most_items", [1, 2, 50])
+@pytest.mark.parametrize(("tile_rows", "most_items"), [(64, 1), (64, 50), (128, 2)])
 def test_any_cut(tile_rows: int, most_items: int) -> None:
-    requests = [Request("0112110", 37, partial=5), Request("12", 2)]
+    requests = [Request("01210", 33, partial=5), Request("12", 2)]
     Case(requests).check(tile_rows=tile_rows, most_items=most_items)
 
 
 def test_more_pages_than_a_block_of_centroids() -> None:
-    Case([Request("1" * 37, 6)], page_size=16).check(most_items=1)
+    Case([Request("1" * 19, 6)], page_size=16).check(most_items=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
