@@ -34,6 +34,7 @@ from .operands import (
     pair_of,
     take_bytes,
     take_digit,
+    take_half,
     take_runs,
     token_of,
     turn_weights,
@@ -67,19 +68,23 @@ def load_tile(at, inside, WORDS: tl.constexpr, PADDED: tl.constexpr):
 @triton.jit
 def load_query(
     Parts, Sums, Units, query, real_heads, D: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr,
-    KB: tl.constexpr, PTX: tl.constexpr,
+    FOLD: tl.constexpr, KB: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Of every band: the query as integers, int8 [K, 2 heads]; where its sums start, int32
-    [2 heads]; logits per unit of them, float32 [heads]. Of queries from `query` on."""
+    """Of every band: the query as integers, int8 [K, FOLD * 2 heads]; where its sums start, int32
+    [FOLD * 2 heads]; logits per unit of them, float32 [heads]. Of queries from `query` on.
+
+    FOLD tokens lie side by side in a row, each meets the query in columns of its own."""
     k = tl.arange(0, K)
     g = tl.arange(0, HEADS)
-    column = tl.arange(0, 2 * HEADS)
+    n = tl.arange(0, FOLD * 2 * HEADS)
+    column = n % (2 * HEADS)
     odd = column % 2 == 1
     parts, starts, units = (), (), ()
     WIDTH: tl.constexpr = D // len(KB)
     for b in tl.static_range(len(KB)):
-        at = Parts + (query * 2 + column)[None, :] * D + (b * WIDTH + k)[:, None]
-        inside = (k < WIDTH)[:, None] & (column // 2 < real_heads)[None, :]
+        at = Parts + (query * 2 + column)[None, :] * D + (b * WIDTH + k % WIDTH)[:, None]
+        inside = (k // WIDTH)[:, None] == (n // (2 * HEADS))[None, :]
+        inside &= (column // 2 < real_heads)[None, :]
         parts = parts + (keep(tl.load(at, mask=inside, other=0), PTX),)
         at = Sums + (query + column // 2) * 4 + b
         total = tl.load(at, mask=column // 2 < real_heads, other=0).to(tl.float32)
@@ -128,18 +133,23 @@ def attend_pages(
     VD: tl.constexpr = of_kind(KINDS, KIND, 9)
     VB: tl.constexpr = of_kind(KINDS, KIND, 10)
     STAGES: tl.constexpr = of_kind(KINDS, KIND, 11)
+    FOLD: tl.constexpr = of_kind(KINDS, KIND, 12)
+    HALVES: tl.constexpr = of_kind(KINDS, KIND, 13)
+    WIDTH: tl.constexpr = D // len(KB)
     COLUMNS: tl.constexpr = 2 * HEADS
     TILES: tl.constexpr = (len(VB) + 1) // 2  # of columns, two bands each
     column = tl.arange(0, COLUMNS)
     g = tl.arange(0, HEADS)
-    t = token_of(tl.arange(0, P))
+    t = token_of(tl.arange(0, P), 1)
+    row = token_of(tl.arange(0, P // FOLD), FOLD)
     k = tl.arange(0, K)
     w = tl.arange(0, W)
+    word = w % (W // 2) if HALVES else w
     d = tl.arange(0, DP)
     pair = tl.arange(0, P // 2)
     slot = (tl.arange(0, 8) % 2)[None, None, :, None]
     query += stride if CALIBRATED else 0
-    q, starts, units = load_query(Parts, Sums, Units, query, real_heads, D, HEADS, K, KB, PTX)
+    q, starts, units = load_query(Parts, Sums, Units, query, real_heads, D, HEADS, K, FOLD, KB, PTX)
     top = tl.full([HEADS], NONE, tl.float32)
     mass = tl.zeros([HEADS], tl.float32)
     ones = tl.full([16, P], 1.0, tl.float16)
@@ -179,13 +189,15 @@ def attend_pages(
         value_words = values.to(tl.pointer_type(tl.int16), bitcast=True)
         k_tiles, v_tiles = (), ()
         for i in tl.static_range(len(KT)):
-            column_of = k % KT[i][1] if KT[i][2] else k
-            at = keys + (KT[i][0] + t[:, None] * KT[i][1] + column_of[None, :])
-            inside = (k < D // len(KB))[None, :]
-            k_tiles = k_tiles + (load_tile(at, inside, D // len(KB), K),)
+            byte = k % WIDTH % KT[i][1] if KT[i][2] else k % WIDTH
+            token = row[:, None] + (k // WIDTH * 2)[None, :]
+            at = keys + (KT[i][0] + token * KT[i][1] + byte[None, :])
+            k_tiles = k_tiles + (load_tile(at, (k < WIDTH)[None, :], FOLD * WIDTH, K),)
         for i in tl.static_range(len(VT)):
-            at = value_words + (VT[i][0] + tl.arange(0, P)[None, :] * VT[i][1] + w[:, None])
-            v_tiles = v_tiles + (load_tile(at, (w < VT[i][1])[:, None], VT[i][1], W),)
+            at = value_words + (VT[i][0] + tl.arange(0, P)[None, :] * VT[i][1] + word[:, None])
+            v_tiles = v_tiles + (
+                load_tile(at, (w < VT[i][1])[:, None], VT[i][1] * (2 if HALVES else 1), W),
+            )
         k_words = tl.load(keys.to(tl.pointer_type(tl.int16), bitcast=True) + RADII + t)
         v_radii = tl.load(values.to(tl.pointer_type(tl.int32), bitcast=True) + RADII // 2 + pair)
         if CALIBRATED:
@@ -198,7 +210,7 @@ def attend_pages(
             v_codes = load_tile(values + d, d < D, D, DP)
             k_codes = tl.broadcast_to(k_codes[None, :], [16, DP])
             near = tl.dot(take_bytes(k_codes, 0, 8, 0, PTX), whole_q, out_dtype=tl.int32)
-            near = join_parts(near)
+            near = join_parts(near, 1)
             by = c_unit * k_centroid_half.to(tl.float32)
             near = (near + half_steps[None, :]) * by[None, :]
             k_unit = k_half.to(tl.float32) * ROOT_UNIT
@@ -215,18 +227,18 @@ def attend_pages(
         logits = tl.zeros([P, HEADS], tl.float32)
         for b in tl.static_range(len(KB)):
             if KB[b][2] > 0:
-                dots = tl.broadcast_to(starts[b][None, :], [P, COLUMNS])
+                dots = tl.broadcast_to(starts[b][None, :], [P // FOLD, FOLD * COLUMNS])
                 for i in tl.static_range(len(KD)):
                     if KD[i][1] == b:
                         tile = k_tiles[KD[i][0]]
                         if KT[KD[i][0]][2]:
-                            shift = (k // KT[KD[i][0]][1] * KT[KD[i][0]][2])[None, :]
+                            shift = (k % WIDTH // KT[KD[i][0]][1] * KT[KD[i][0]][2])[None, :]
                             codes = take_runs(tile, shift, KD[i][3], PTX)
                         else:
                             codes = take_bytes(tile, KD[i][2], KD[i][3], KD[i][4], PTX)
                         dots = tl.dot(codes, q[b], dots, out_dtype=tl.int32)
                 radii = key_radius(k_words, b, CALIBRATED)
-                logits += join_parts(dots) * units[b][None, :] * radii[:, None]
+                logits += join_parts(dots, FOLD) * units[b][None, :] * radii[:, None]
         if not CALIBRATED:
             logits = tl.where(valid[:, None], logits, -float("inf"))
         blocks = tl.reshape(logits, [P // 16, 16, HEADS])
@@ -277,7 +289,12 @@ def attend_pages(
             sums = out[i]
             for j in tl.static_range(len(VD)):
                 if VD[j][1] == i:
-                    codes = take_digit(v_tiles[VD[j][0]], VD[j][2], VD[j][3], VD[j][4], PTX)
+                    tile = v_tiles[VD[j][0]]
+                    if HALVES:
+                        shift = (w // (W // 2) * 8 + (VD[j][2] - VD[j][4]))[:, None]
+                        codes = take_half(tile, shift, VD[j][3], VD[j][4], PTX)
+                    else:
+                        codes = take_digit(tile, VD[j][2], VD[j][3], VD[j][4], PTX)
                     sums = tl.dot(codes, weights[VP[i][0] // 2], sums)
             new_out = new_out + (sums,)
         out, weight = new_out, new_weight
@@ -297,8 +314,9 @@ def attend_pages(
         sums = out[i] - (out[VP[i][3]] if VP[i][3] >= 0 else 0.0)
         sums = (sums - offset[None, :]) * (by_column * VB[VP[i][0]][1])[None, :]
         mine = (column // 2 < real_heads) & (column % 2 == VP[i][0] % 2)
-        inside = (w < VP[i][2])[:, None] & mine[None, :]
-        at = target + (column // 2 * D)[None, :] + (VP[i][1] + 2 * w)[:, None]
+        inside = (word < VP[i][2])[:, None] & mine[None, :]
+        channel = VP[i][1] + 2 * word + (w // (W // 2) if HALVES else 0)
+        at = target + (column // 2 * D)[None, :] + channel[:, None]
         if CALIBRATED:
             sums += tl.load(at, mask=inside, other=0.0)
         tl.store(at, sums, mask=inside)

@@ -225,13 +225,15 @@ def _constants(keys: SliceLayout, values: SliceLayout, tuning: Tuning) -> tuple[
     value_tiles = tuple((tile.offset_bytes // 2, tile.row_bytes // 2) for tile in values.tiles)
     key_row = max(32, _power_of_two(keys.band_width))
     value_row = max(16, _power_of_two(max(words for _, words in value_tiles)))
+    halves = all(words == 8 for _, words in value_tiles)
     # what a page takes in shared memory: padded tiles, radii, centroids
     page = keys.page_size * (len(keys.tiles) * key_row + len(value_tiles) * 2 * value_row + 4)
     page += 2 * _power_of_two(keys.head_dim) + 64
     room = SHARED_BYTES // tuning.programs - RESERVED_BYTES
     return (
         keys.calibrated, keys.radii_offset_bytes // 2, key_row, value_row, *_key_tables(keys),
-        value_tiles, *_value_tables(values), min(tuning.stages, max(2, 1 + room // page)),
+        value_tiles, *_value_tables(values, halves), min(tuning.stages, max(2, 1 + room // page)),
+        2 if keys.band_width == 16 else 1, halves,
     )  # fmt: skip
 
 
@@ -254,8 +256,8 @@ def _key_tables(layout: SliceLayout) -> tuple[Any, ...]:
     return tuple(tiles), tuple(digits), tuple(bands)
 
 
-def _value_tables(layout: SliceLayout) -> tuple[Any, ...]:
-    """VP, VD and VB as kernel.py describes them."""
+def _value_tables(layout: SliceLayout, halves: bool) -> tuple[Any, ...]:
+    """VP, VD and VB as kernel.py describes them; `halves`: a part holds both."""
     places = _places(layout, _OPERAND_BITS)
     parts: list[tuple[int, int, int]] = []
     less: dict[int, int] = {}
@@ -264,7 +266,7 @@ def _value_tables(layout: SliceLayout) -> tuple[Any, ...]:
         whole = _is_whole(layout, tile)
         for digit in tile.digits:
             for run in range(tile.runs):
-                for half in (0, 1):
+                for half in (0,) if halves else (0, 1):
                     first = digit.band * layout.band_width + run * tile.row_bytes + half
                     part = digit.band, first, tile.row_bytes // 2
                     if part not in parts:
@@ -272,7 +274,7 @@ def _value_tables(layout: SliceLayout) -> tuple[Any, ...]:
                     shift = digit.byte_shift + run * digit.bits + 8 * half
                     place = places[digit.band] + digit.code_shift
                     if whole and digit.byte_shift:
-                        less[len(parts) - 1] = len(parts) + 1
+                        less[len(parts) - 1] = len(parts) + (0 if halves else 1)
                         digits.append((index, len(parts) - 1, 8 * half, 8, 0))
                     else:
                         digits.append((index, parts.index(part), shift, digit.bits, place))

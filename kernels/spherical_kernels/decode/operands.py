@@ -77,6 +77,23 @@ def take_digit(
     return digit.to(tl.int16).to(tl.float16, bitcast=True)
 
 
+@triton.constexpr_function
+def half_asm(bits, place):
+    mask = (((1 << bits) - 1) << place) * 0x10001
+    return f"{{ .reg .b32 t; shr.u32 t, $1, $2; and.b32 $0, t, {mask}; }}"
+
+
+@triton.jit
+def take_half(words, shift, BITS: tl.constexpr, PLACE: tl.constexpr, PTX: tl.constexpr):
+    """int16 words and how far their digit lies above PLACE -> as `take_digit`."""
+    if PTX:
+        asm: tl.constexpr = half_asm(BITS, PLACE)
+        shift = tl.broadcast_to(shift, words.shape)
+        return tl.inline_asm_elementwise(asm, "=r,r,r,r", [words, shift], tl.float16, True, 2)
+    digit = ((words.to(tl.int32) & 0xFFFF) >> shift) & (((1 << BITS) - 1) << PLACE)
+    return digit.to(tl.int16).to(tl.float16, bitcast=True)
+
+
 @triton.jit
 def keep(x, PTX: tl.constexpr):
     """int8 x itself, of which the compiler does not know: keeps it from laying out anew in a loop
@@ -87,10 +104,13 @@ def keep(x, PTX: tl.constexpr):
 
 
 @triton.jit
-def token_of(row):
-    """The token of each row of the keys' products: so that after `turn_weights` every lane has four
-    tokens in a row, as the values' product wants them."""
-    return row // 16 * 16 + row // 2 % 4 * 4 + row // 8 % 2 * 2 + row % 2
+def token_of(row, FOLD: tl.constexpr):
+    """The token of each row of the keys' products, or of its first part; the next one's token is
+    two further. After `turn_weights` every lane then has four tokens in a row, as the values'
+    product wants them."""
+    if FOLD == 1:
+        return row // 16 * 16 + row // 2 % 4 * 4 + row // 8 % 2 * 2 + row % 2
+    return row // 8 * 16 + row // 2 % 4 * 4 + row % 2
 
 
 @triton.jit
@@ -175,11 +195,15 @@ def key_radius(words, B: tl.constexpr, CALIBRATED: tl.constexpr):
 
 
 @triton.jit
-def join_parts(columns):
-    """Products int32 [n, 2 heads] of both parts of the query -> float32 [n, heads]."""
-    heads: tl.constexpr = columns.shape[1] // 2
-    high, low = tl.split(tl.reshape(columns, [columns.shape[0], heads, 2]))
-    return ((high << 7) + low).to(tl.float32)
+def join_parts(products, FOLD: tl.constexpr):
+    """int32 [n, FOLD * 2 heads], of both parts of the query -> float32 [n * FOLD, heads]."""
+    rows: tl.constexpr = products.shape[0]
+    heads: tl.constexpr = products.shape[1] // (2 * FOLD)
+    high, low = tl.split(tl.reshape(products, [rows, FOLD * heads, 2]))
+    whole = ((high << 7) + low).to(tl.float32)
+    if FOLD == 2:
+        whole = tl.permute(tl.reshape(whole, [rows // 8, 8, 2, heads]), (0, 2, 1, 3))
+    return tl.reshape(whole, [FOLD * rows, heads])
 
 
 @triton.jit

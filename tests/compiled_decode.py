@@ -1,0 +1,103 @@
+"""The decode kernel compiled for a GPU that is not here.
+
+Compiling takes a process of its own: in the tests' one Triton may be interpreting.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from spherical_kernels.codec.patterns import PATTERN_ID, Pattern
+from spherical_kernels.decode.launch import Tuning
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from subprocess import run
+from tempfile import TemporaryDirectory
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from spherical_kernels.codec.patterns import PATTERNS
+from spherical_kernels.codec.slices import slice_layout
+from spherical_kernels.decode.kernel import decode_pages
+from spherical_kernels.decode.launch import Tuning, kernel_constants, tuning_for
+
+given = json.loads(sys.argv[1])
+kinds = tuple(
+    tuple(slice_layout(PATTERNS[i], 64, given["head_dim"]) for i in pair) for pair in given["kinds"]
+)
+tuning = Tuning(**given["tuning"]) if given["tuning"] else tuning_for(kinds, given["group"])
+constants = kernel_constants(kinds, given["group"], tuning)
+constants |= {"PTX": True, "PDL": given["capability"] >= 90}
+types = {
+    "Arena": "*i8", "Items": "*i32", "Pages": "*i32", "Blocks": "*i32", "Places": "*i32",
+    "Parts": "*i8", "Sums": "*i32", "Units": "*fp32", "Out": "*fp32", "Lse": "*fp32",
+} | dict.fromkeys(
+    ("max_pages", "blocks_per_page", "block_bytes", "kind_stride", "kv_heads", "stride"), "i32"
+)
+aligned = [i for i, name in enumerate(types) if types[name] != "i32"]
+aligned.append(list(types).index("block_bytes"))
+source = ASTSource(
+    fn=decode_pages,
+    signature=types | dict.fromkeys(constants, "constexpr"),
+    constexprs=constants,
+    attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+)
+compiled = triton.compile(
+    source,
+    target=GPUTarget("cuda", given["capability"], 32),
+    options={"num_warps": tuning.warps, "maxnreg": tuning.registers},
+)
+tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+with TemporaryDirectory() as folder:
+    path = Path(folder, "kernel.cubin")
+    path.write_bytes(compiled.asm["cubin"])
+    usage = run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+print(json.dumps(
+    {"ptx": compiled.asm["ptx"], "usage": usage, "shared_bytes": compiled.metadata.shared}
+))
+"""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """usage: what cuobjdump says of registers, stack and memory."""
+
+    ptx: str
+    usage: str
+    shared_bytes: int
+
+
+def compile_decode(
+    kinds: Sequence[tuple[Pattern, Pattern]],
+    head_dim: int,
+    group: int,
+    capability: int = 90,
+    tuning: Tuning | None = None,
+) -> Compiled:
+    """Pages of 64 tokens; with the measured tuning where none is given."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    given = {
+        "kinds": [[PATTERN_ID[side] for side in kind] for kind in kinds],
+        "head_dim": head_dim,
+        "group": group,
+        "capability": capability,
+        "tuning": asdict(tuning) if tuning else None,
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(given)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    return Compiled(**json.loads(found.stdout.splitlines()[-1]))
