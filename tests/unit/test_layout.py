@@ -119,7 +119,7 @@ def test_every_level_gains_at_the_default_page_size_and_bits(name: str) -> None:
 
 @every_geometry
 def test_levels_that_would_grow_are_refused(name: str) -> None:
-    """4-bit warm pages carry a header: 4-bit hot pages are smaller, and a layout has to round up."""
+    """4-bit warm pages carry a header that 4-bit hot ones do not, and a layout has to round up."""
     try:
         costs = fitted(64, GEOMETRIES[name], 4, 4, 2).cost_tokens
     except (StartupError, ValueError) as refusal:
