@@ -33,10 +33,10 @@ from spherical_kernels.decode.reference import CodedSide, attend_entries, empty_
 from spherical_kernels.extend.launch import (
     FRAMES,
     MULTIPROCESSORS,
+    TUNING,
     LayerFrames,
     Tuning,
     run_extend,
-    tuning_for,
 )
 from spherical_kernels.extend.new_tokens import NewTokens
 from spherical_kernels.extend.tables import ExtendTables, build_tables, locate_entries
@@ -71,12 +71,11 @@ SHAPES = {
     "256x32k-d64": Shape(256, 32768, head_dim=64, kv_heads=8, group=3),
 }
 CANDIDATES = (
+    Tuning(tile_rows=64, warps=4, stages=6, programs=2),
     Tuning(tile_rows=64, warps=4, stages=4, programs=2),
-    Tuning(tile_rows=64, warps=4, stages=3, programs=2),
-    Tuning(tile_rows=64, warps=4, stages=4, programs=3, registers=168),
-    Tuning(tile_rows=128, warps=8, stages=4, programs=1),
-    Tuning(tile_rows=128, warps=8, stages=4, programs=2, registers=128),
-    Tuning(tile_rows=128, warps=4, stages=4, programs=2),
+    Tuning(tile_rows=64, warps=4, stages=6, programs=3, registers=168),
+    Tuning(tile_rows=128, warps=8, stages=6, programs=1),
+    Tuning(tile_rows=128, warps=4, stages=6, programs=2),
 )
 
 
@@ -295,7 +294,7 @@ def measure(name: str, shape: Shape, sweeps: dict[str, Any] | None) -> dict[str,
         best = {key: value for key, value in sweeps[name][0].items() if key != "us"}
         tuning = Tuning(**best)
     else:
-        tuning = tuning_for(shape.new * shape.group)
+        tuning = TUNING
     row: dict[str, Any] = {"name": name, "shape": asdict(shape), "tuning": asdict(tuning)}
     run = batch.runner(tuning, None)
     row["max_error"], row["rms_error"] = batch.check(*run())

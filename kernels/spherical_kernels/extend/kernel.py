@@ -307,19 +307,20 @@ def extend_pages(
     first = begin + (run_end - begin) * split // splits
     end = begin + (run_end - begin) * (split + 1) // splits
     m = tl.arange(0, M)
-    place = (item * tl.num_programs(1) + head).to(tl.int64) * M + m
+    place = (item * tl.num_programs(1) + head).to(tl.int64) * M
     if first >= end:
         if FIRST:
-            tl.store(Lse + place, tl.full([M], -float("inf"), tl.float32))
+            tl.store(Lse + place + m, tl.full([M], -float("inf"), tl.float32))
         return
 
     first_token = tl.load(Requests + request * 4)
     last_valid = tl.load(Requests + request * 4 + 2)
     known = first_row + m < tl.load(Requests + request * 4 + 1) * G
-    row = head.to(tl.int64) * rows + first_token * G + first_row + m
+    row = head.to(tl.int64) * rows + first_token * G + first_row
     column = tl.arange(0, DC)
-    q = tl.load(Q + row[:, None] * DC + column[None, :], mask=known[:, None], other=0.0)
-    q_scale = tl.load(QScale + row, mask=known, other=0.0)
+    at = Q + row * DC + (m[:, None] * DC + column[None, :])
+    q = tl.load(at, mask=known[:, None], other=0.0)
+    q_scale = tl.load(QScale + row + m, mask=known, other=0.0)
     t = tl.arange(0, P)
     j = tl.arange(0, W)
     n = tl.arange(0, BLOCK)
@@ -331,7 +332,6 @@ def extend_pages(
         if CALIBRATED:
             inside = block + n < end
             k_at = tl.load(entries + 2 * (block + n), mask=inside, other=0)
-            v_at = tl.load(entries + 2 * (block + n) + 1, mask=inside, other=0)
             k_radius = load_scale(Arena, k_at, inside, D)
             whole, rest = load_centroids(Arena, k_at, inside, j, KC, CB, D, WORDS, W, DC, PTX)
             near = tl.dot(q, tl.trans(rest), tl.dot(q, tl.trans(whole)))
@@ -359,6 +359,8 @@ def extend_pages(
                 weigh = 0.0
             factors, less = factors_of(k_radii, KB, CALIBRATED, PTX)
             k = unpack_rows(k_words, factors, less, KB, W, DC, PTX)
+            factors, less = factors_of(v_radii, VB, CALIBRATED, PTX)
+            v = unpack_rows(v_words, factors, less, VB, W, DC, PTX)
             dots = tl.dot(q, tl.trans(k))
             if not CALIBRATED:
                 dots = tl.where(valid[None, :], dots, -float("inf"))
@@ -371,10 +373,10 @@ def extend_pages(
                 masses = tl.where(mine[None, :], page_mass[:, None], masses * fade[:, None])
             mass = mass * fade + page_mass
             top = new_top
-            factors, less = factors_of(v_radii, VB, CALIBRATED, PTX)
-            v = unpack_rows(v_words, factors, less, VB, W, DC, PTX)
             acc = tl.dot(p.to(tl.float16), v, acc * fade[:, None])
         if CALIBRATED:
+            inside = block + n < end
+            v_at = tl.load(entries + 2 * (block + n) + 1, mask=inside, other=0)
             v_radius = load_scale(Arena, v_at, inside, D)
             whole, rest = load_centroids(Arena, v_at, inside, j, VC, CB, D, WORDS, W, DC, PTX)
             shares = masses * (v_radius * BOOST)[None, :]
@@ -386,9 +388,9 @@ def extend_pages(
     if CALIBRATED:
         out *= step_of(column, VS)[None, :]
     lse = top + tl.log2(mass)
-    target = Partial + place[:, None] * DC + column[None, :]
+    target = Partial + place * DC + (m[:, None] * DC + column[None, :])
     if not FIRST:
-        before = tl.load(Lse + place)
+        before = tl.load(Lse + place + m)
         known = before > -float("inf")
         peak = tl.maximum(lse, before)
         whole = peak + tl.log2(tl.exp2(lse - peak) + tl.exp2(before - peak))
@@ -396,7 +398,7 @@ def extend_pages(
         out = out * tl.exp2(lse - whole)[:, None] + earlier * tl.exp2(before - whole)[:, None]
         lse = whole
     tl.store(target, out)
-    tl.store(Lse + place, lse)
+    tl.store(Lse + place + m, lse)
 
 
 @triton.jit(do_not_specialize=["tokens", "first"])
@@ -436,15 +438,25 @@ def frame_rows(
 
 
 @triton.jit
-def joined_splits(Partial, Lse, place, column, splits, stride, total, DC: tl.constexpr):
-    """Columns of the splits' sums, weighted by their share of `total` (base 2): float32."""
-    sums = tl.zeros([place.shape[0], column.shape[0]], tl.float32)
-    for split in tl.range(splits, num_stages=3):
+def joined_splits(
+    Partial, Lse, place, splits, stride, total, DC: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The splits' sums, weighted by their share of `total` (base 2): float32 [ROWS, BLOCK] for
+    every BLOCK columns."""
+    column = tl.arange(0, BLOCK)
+    sums = ()
+    for i in tl.static_range(DC // BLOCK):
+        sums = sums + (tl.zeros([place.shape[0], BLOCK], tl.float32),)
+    for split in range(splits):
         at = place + split * stride
         logs = tl.load(Lse + at)
+        share = tl.exp2(logs - total)[:, None]
         known = (logs > -float("inf"))[:, None]
-        part = tl.load(Partial + at[:, None] * DC + column[None, :], mask=known, other=0.0)
-        sums += part * tl.exp2(logs - total)[:, None]
+        part = Partial + at[:, None] * DC + column[None, :]
+        added = ()
+        for i in tl.static_range(DC // BLOCK):
+            added = added + (sums[i] + tl.load(part + i * BLOCK, mask=known, other=0.0) * share,)
+        sums = added
     return sums
 
 
@@ -491,14 +503,13 @@ def finish_rows(
     for i in tl.static_range(PLANES):
         partial, logs = Partial + i * plane * DC, Lse + i * plane
         at = Dual + (i * kv_heads + head).to(tl.int64) * (D * D) + column[None, :]
-        for start in range(0, DC, BLOCK):
-            part = start + tl.arange(0, BLOCK)
-            sums = joined_splits(partial, logs, place, part, splits, stride, total, DC)
-            channel = channel_of(part, D, BANDS[i])
-            sums = tl.where((channel < D)[None, :], sums, 0.0)
+        sums = joined_splits(partial, logs, place, splits, stride, total, DC, BLOCK)
+        for j in tl.static_range(DC // BLOCK):
+            channel = channel_of(j * BLOCK + tl.arange(0, BLOCK), D, BANDS[i])
+            part = tl.where((channel < D)[None, :], sums[j], 0.0)
             inside = (channel < D)[:, None] & (column < D)[None, :]
             dual = tl.load(at + channel[:, None] * D, mask=inside, other=0.0)
-            out = tl.dot(sums, dual, out, input_precision="tf32x3")
+            out = tl.dot(part, dual, out, input_precision="tf32x3")
     near = tl.load(Near + head.to(tl.int64) * rows + r, mask=known, other=0.0)
     prefix = tl.where(some, total + near, -float("inf"))
     at = (r // G * kv_heads + head).to(tl.int64) * G + r % G

@@ -55,7 +55,8 @@ class Tuning:
 
     tile_rows  rows of a tile, a power of two
     warps      per program
-    stages     pages in flight per program
+    stages     of the loop over pages, addresses read before pages: below 5 a page is asked for only
+               when the one before it is done
     programs   per multiprocessor at once
     registers  at most, per thread; None leaves it to the compiler
     """
@@ -67,14 +68,9 @@ class Tuning:
     registers: int | None = None
 
 
-SMALL_TUNING = Tuning(tile_rows=64, warps=4, stages=4, programs=2)
-TUNING = Tuning(tile_rows=64, warps=4, stages=4, programs=2)
+TUNING = Tuning(tile_rows=64, warps=4, stages=6, programs=2)
 MULTIPROCESSORS = 132
-
-
-def tuning_for(rows: int) -> Tuning:
-    """The tuning for requests of up to `rows` rows (new tokens times query heads of a group)."""
-    return SMALL_TUNING if rows <= SMALL_TUNING.tile_rows else TUNING
+"""Of the GPU that the tuning is for."""
 
 
 def run_extend(
@@ -97,6 +93,8 @@ def run_extend(
     arena    uint8, all slices
     entries  int64 [kv_heads, n, 2]: byte addresses of the slices of tables.pages in `arena`
     scale    the softmax scale
+    tuning   the one that `tables` were built for: its rows per tile, and as many items at once as
+             MULTIPROCESSORS * programs // kv_heads
     Returns out like q, and lse float32 [tokens, q_heads], natural.
     """
     tokens, heads, d = q.shape
@@ -182,14 +180,14 @@ def _finish(
     _, heads, d = new.shape
     kv_heads, rows = prefix.near.shape
     out, lse = torch.empty_like(new), torch.empty_like(new_lse)
-    block = min(tables.tile_rows, 64 if len(tables.tiles) * kv_heads > MULTIPROCESSORS else 16)
+    block = 32 if len(tables.tiles) * kv_heads > MULTIPROCESSORS else 16
     finish_rows[(len(tables.tiles) * (tables.tile_rows // block), kv_heads)](
         prefix.partial, prefix.lse, tables.tiles, tables.requests,
         frames.value_duals[prefix.planes[0] :], frames.value_centre, prefix.near,
         new.contiguous(), new_lse.contiguous(), out, lse, rows, len(tables.items), kv_heads,
         D=d, DC=columns_of(d), G=heads // kv_heads, M=tables.tile_rows, ROWS=block,
         PLANES=len(prefix.planes), BANDS=tuple(_bands(plane) for plane in prefix.planes),
-        BLOCK=min(32, columns_of(d)), num_warps=4,
+        BLOCK=min(32, columns_of(d)), num_warps=8,
     )  # fmt: skip
     return out, lse
 
