@@ -33,10 +33,10 @@ from spherical_kernels.decode.reference import CodedSide, attend_entries, empty_
 from spherical_kernels.extend.launch import (
     FRAMES,
     MULTIPROCESSORS,
-    TUNING,
     LayerFrames,
     Tuning,
     run_extend,
+    tuning_for,
 )
 from spherical_kernels.extend.new_tokens import NewTokens
 from spherical_kernels.extend.tables import ExtendTables, build_tables, locate_entries
@@ -294,7 +294,7 @@ def measure(name: str, shape: Shape, sweeps: dict[str, Any] | None) -> dict[str,
         best = {key: value for key, value in sweeps[name][0].items() if key != "us"}
         tuning = Tuning(**best)
     else:
-        tuning = TUNING
+        tuning = tuning_for(shape.new * shape.group)
     row: dict[str, Any] = {"name": name, "shape": asdict(shape), "tuning": asdict(tuning)}
     run = batch.runner(tuning, None)
     row["max_error"], row["rms_error"] = batch.check(*run())
