@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+STEP = tl.constexpr(32)  # channels of the query that meet a frame at once
 BANDS = tl.constexpr(4)  # of a calibrated frame
 QUERY_PEAK = tl.constexpr(16000.0)  # largest integer of a query: high part at most 125
 NONE = tl.constexpr(-1e30)  # the maximum of no logits
@@ -36,13 +37,21 @@ def frame_queries(
     known = m < batch * G
     query = (m // G * kv_heads + head) * G + m % G
     d = tl.arange(0, DP)
-    inside = known[:, None] & (d < D)[None, :]
-    q = tl.load(Q + query[:, None] * D + d[None, :], mask=inside, other=0.0)
-    q = q.to(tl.float32) * scale
+    step = tl.arange(0, STEP)
     dual = Dual + (tl.minimum(of_set, 1) * kv_heads + head).to(tl.int64) * (D * D)
-    at = dual + d[None, :] * D + d[:, None]
-    turned = tl.load(at, mask=(d < D)[:, None] & (d < D)[None, :], other=0.0)
-    framed = tl.dot(q, turned, input_precision="tf32x3")
+    framed = tl.zeros([ROWS, DP], tl.float32)
+    near = tl.zeros([ROWS], tl.float32)
+    for start in range(0, D, STEP):
+        channel = start + step
+        inside = known[:, None] & (channel < D)[None, :]
+        q = tl.load(Q + query[:, None] * D + channel[None, :], mask=inside, other=0.0)
+        q = q.to(tl.float32) * scale
+        inside = (channel < D)[:, None] & (d < D)[None, :]
+        turned = tl.load(dual + d[None, :] * D + channel[:, None], mask=inside, other=0.0)
+        framed = tl.dot(q, turned, framed, input_precision="tf32x3")
+        centre = tl.load(Centre + head * D + channel, mask=channel < D, other=0.0)
+        near += tl.sum(q * centre[None, :], 1)
+    inside = known[:, None] & (d < D)[None, :]
     width = tl.where(of_set == 1, D // BANDS, D)
     place = (of_set * stride + query).to(tl.int64)
     per_step = tl.full([ROWS, DP], 0.0, tl.float32)
@@ -61,93 +70,141 @@ def frame_queries(
         total = tl.sum(tl.where((d // width == b)[None, :], whole, 0), 1)
         tl.store(Sums + place * BANDS + b, total, mask=known)
     if of_set == 0:
-        centre = tl.load(Centre + head * D + d, mask=d < D, other=0.0)
-        tl.store(Near + query, tl.sum(q * centre[None, :], 1), mask=known)
+        tl.store(Near + query, near, mask=known)
 
 
 @triton.jit
-def weigh_items(Lse, first, end, stride, g, BLOCK: tl.constexpr, G: tl.constexpr):
-    """log2 of what the items [first, end) of a row weigh together: float32 like g; 0 for none."""
-    n = tl.arange(0, BLOCK)
-    top = tl.full([g.shape[0]], NONE, tl.float32)
-    mass = tl.zeros([g.shape[0]], tl.float32)
-    for i in range(first, end, BLOCK):
-        inside = (i + n < end)[:, None] & (g < G)[None, :]
-        logs = tl.load(
-            Lse + (i + n)[:, None] * stride + g[None, :], mask=inside, other=-float("inf")
-        )
-        higher = tl.maximum(top, tl.max(logs, 0))
-        mass = mass * tl.exp2(top - higher) + tl.sum(tl.exp2(logs - higher[None, :]), 0)
+def weigh_items(Lse, first, end, stride, SPLITS: tl.constexpr, GP: tl.constexpr):
+    """log2 of what items weigh together, in every row, split and query head (rows of both).
+
+    first, end  [ROWS] of the split: it takes items first, first + SPLITS, ... below `end`
+    Returns it over all splits, [ROWS / (SPLITS GP), GP]; -inf for no items.
+    """
+    top = tl.full([first.shape[0]], NONE, tl.float32)
+    mass = tl.zeros([first.shape[0]], tl.float32)
+    for i in range(0, tl.max(end - first, 0), SPLITS):
+        known = first + i < end
+        logs = tl.load(Lse + (first + i).to(tl.int64) * stride, mask=known, other=-float("inf"))
+        higher = tl.maximum(top, logs)
+        mass = mass * tl.exp2(top - higher) + tl.exp2(logs - higher)
         top = higher
-    return tl.where(mass > 0, top + tl.log2(mass), 0.0), mass > 0
+    REQUESTS: tl.constexpr = first.shape[0] // (SPLITS * GP)
+    tops = tl.reshape(top, [REQUESTS, SPLITS, GP])
+    highest = tl.max(tops, 1)
+    masses = tl.reshape(mass, [REQUESTS, SPLITS, GP]) * tl.exp2(tops - highest[:, None, :])
+    return highest + tl.log2(tl.sum(masses, 1))
+
+
+@triton.jit
+def add_items(
+    Partial, Lse, first, end, stride, total, D: tl.constexpr, DP: tl.constexpr,
+    SPLITS: tl.constexpr, GP: tl.constexpr,
+):  # fmt: skip
+    """Items weighed against `total` [ROWS], added over all splits: [ROWS / SPLITS, DP]."""
+    d = tl.arange(0, DP)
+    REQUESTS: tl.constexpr = first.shape[0] // (SPLITS * GP)
+    sums = tl.zeros([first.shape[0], DP], tl.float32)
+    for i in range(0, tl.max(end - first, 0), SPLITS):
+        known = first + i < end
+        at = (first + i).to(tl.int64) * stride
+        share = tl.exp2(tl.load(Lse + at, mask=known, other=-float("inf")) - total)
+        inside = known[:, None] & (d < D)[None, :]
+        part = tl.load(Partial + at[:, None] * D + d[None, :], mask=inside, other=0.0)
+        sums += part * share[:, None]
+    sums = tl.sum(tl.reshape(sums, [REQUESTS, SPLITS, GP, DP]), 1)
+    return tl.reshape(sums, [REQUESTS * GP, DP])
 
 
 @triton.jit
 def merge_rows(
-    Partial, Lse, ItemStart, HotItems, Dual, Centre, Near, Out, OutLse, kv_heads,
+    Partial, Lse, ItemStart, HotItems, Merged, Dual, Centre, Near, Out, OutLse, batch, kv_heads,
+    stride,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, COLUMNS: tl.constexpr,
-    ITEMS: tl.constexpr, HOT: tl.constexpr, CALIBRATED: tl.constexpr, PDL: tl.constexpr,
+    REQUESTS: tl.constexpr, SPLITS: tl.constexpr, HOT: tl.constexpr, CALIBRATED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """COLUMNS channels of the output of one request and KV head by every program.
+    """COLUMNS channels of the output of REQUESTS requests and one KV head by every program.
 
     Partial    float32 [items, kv_heads, G, D], in the value frames; Lse likewise, base 2
     ItemStart  int32 [requests + 1], HotItems int32 [requests]
+    Merged     float32 [2, requests, kv_heads * G, D], frames `stride` numbers apart: sums on their
+               way to being an operand; programs of the same rows write the same
     Dual       float32 [2, kv_heads, D, D], B of the value frames; Centre float32 [kv_heads, D]
     Near       float32 [requests, kv_heads * G], q . centre of the keys, base 2
     Out        [requests, kv_heads * G, D], zero without items; OutLse float32, natural
-    HOT, CALIBRATED  whether items may be of the frame; ITEMS are read at once
+    HOT, CALIBRATED  whether items may be of the frame
     """
     head = tl.program_id(0) % kv_heads
-    request = tl.program_id(0) // kv_heads
+    first_request = tl.program_id(0) // kv_heads * REQUESTS
     if PDL:
         tl.extra.cuda.gdc_wait()
-    first = tl.load(ItemStart + request)
-    end = tl.load(ItemStart + request + 1)
+    row = tl.arange(0, REQUESTS * SPLITS * GP)
+    request = first_request + row // (GP * SPLITS)
+    real = (request < batch) & (row % GP < G)
+    split = row // GP % SPLITS
+    first = tl.load(ItemStart + request, mask=real, other=0)
+    end = tl.load(ItemStart + request + 1, mask=real, other=0)
     middle = first
     if HOT:
-        middle += tl.load(HotItems + request)
-    g = tl.arange(0, GP)
-    n = tl.arange(0, ITEMS)
-    x = tl.arange(0, GP * DP)
+        middle += tl.load(HotItems + request, mask=real, other=0)
+    lses = Lse + head * G + row % GP
+    partials = Partial + ((head * G + row % GP) * D)[:, None]
+    weight = weigh_items(lses, first + split, end, kv_heads * G, SPLITS, GP)
+    total = tl.where(weight > NONE, weight, 0.0)
+    all_splits = tl.broadcast_to(total[:, None, :], [REQUESTS, SPLITS, GP])
+    all_splits = tl.reshape(all_splits, [REQUESTS * SPLITS * GP])
+
+    m = tl.arange(0, REQUESTS * GP)
+    of_row = first_request + m // GP
+    real = (of_row < batch) & (m % GP < G)
+    query = (of_row * kv_heads + head) * G + m % GP
+    d = tl.arange(0, DP)
+    target = Merged + query.to(tl.int64)[:, None] * D + d[None, :]
+    inside = real[:, None] & (d < D)[None, :]
+    if HOT:
+        sums = add_items(
+            partials, lses, first + split, middle, kv_heads * G, all_splits, D, DP, SPLITS, GP
+        )
+        tl.store(target, sums, mask=inside)
+    if CALIBRATED:
+        sums = add_items(
+            partials, lses, middle + split, end, kv_heads * G, all_splits, D, DP, SPLITS, GP
+        )
+        tl.store(target + stride, sums, mask=inside)
+    tl.debug_barrier()
+
+    # a product takes 16 rows at least
+    ROWS: tl.constexpr = 16 if REQUESTS * GP < 16 else REQUESTS * GP
+    m = tl.arange(0, ROWS)
+    of_row = first_request + m // GP
+    real = (m < REQUESTS * GP) & (of_row < batch) & (m % GP < G)
+    query = (of_row * kv_heads + head) * G + m % GP
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    stride = kv_heads * G
-    lses = Lse + head * G
-    total, some = weigh_items(lses, first, end, stride, g, 4 * ITEMS, G)
-    centre = tl.load(Centre + head * D + column, mask=column < D, other=0.0)
-    # a product takes 16 rows at least: heads are repeated
-    ROWS: tl.constexpr = 16 if GP < 16 else GP
+    step = tl.arange(0, STEP)
     out = tl.zeros([ROWS, COLUMNS], tl.float32)
     for frame in tl.static_range(2):
         if HOT if frame == 0 else CALIBRATED:
-            sums = tl.zeros([GP * DP], tl.float32)
-            inside = (x % DP < D) & (x // DP < G)
-            source = Partial + head * (G * D) + x // DP * D + x % DP
-            for i in range(first if frame == 0 else middle, middle if frame == 0 else end, ITEMS):
-                known = i + n < (middle if frame == 0 else end)
-                item = (i + n).to(tl.int64)
-                logs = tl.load(
-                    lses + item[:, None] * stride + g[None, :],
-                    mask=known[:, None] & (g < G)[None, :], other=-float("inf"),
-                )  # fmt: skip
-                share = tl.broadcast_to(tl.exp2(logs - total[None, :])[:, :, None], [ITEMS, GP, DP])
-                part = tl.load(
-                    source[None, :] + item[:, None] * (stride * D),
-                    mask=known[:, None] & inside[None, :], other=0.0,
-                )  # fmt: skip
-                sums += tl.sum(part * tl.reshape(share, [ITEMS, GP * DP]), 0)
-            rows = tl.broadcast_to(tl.reshape(sums, [1, GP, DP]), [ROWS // GP, GP, DP])
-            d = tl.arange(0, DP)
+            source = Merged + frame * stride + query.to(tl.int64)[:, None] * D
             dual = Dual + (frame * kv_heads + head).to(tl.int64) * (D * D)
-            inside = (d < D)[:, None] & (column < D)[None, :]
-            dual = tl.load(dual + d[:, None] * D + column[None, :], mask=inside, other=0.0)
-            out = tl.dot(tl.reshape(rows, [ROWS, DP]), dual, out, input_precision="tf32x3")
-    row = tl.arange(0, ROWS)
-    has = tl.reshape(tl.broadcast_to(some[None, :], [ROWS // GP, GP]), [ROWS])
-    out = tl.where(has[:, None], out + centre[None, :], 0.0)
-    query = tl.program_id(0) * G
-    inside = (row < G)[:, None] & (column < D)[None, :]
-    target = Out + (query + row)[:, None].to(tl.int64) * D + column[None, :]
+            for start in range(0, D, STEP):
+                channel = start + step
+                wanted = real[:, None] & (channel < D)[None, :]
+                rows = tl.load(source + channel[None, :], mask=wanted, other=0.0)
+                at = dual + channel[:, None] * D + column[None, :]
+                wanted_too = (channel < D)[:, None] & (column < D)[None, :]
+                turned = tl.load(at, mask=wanted_too, other=0.0)
+                out = tl.dot(rows, turned, out, input_precision="tf32x3")
+    first = tl.load(ItemStart + of_row, mask=real, other=0)
+    some = tl.load(ItemStart + of_row + 1, mask=real, other=0) > first
+    centre = tl.load(Centre + head * D + column, mask=column < D, other=0.0)
+    out = tl.where(some[:, None], out + centre[None, :], 0.0)
+    target = Out + query.to(tl.int64)[:, None] * D + column[None, :]
+    inside = real[:, None] & (column < D)[None, :]
     tl.store(target, out.to(Out.dtype.element_ty), mask=inside)
     if tl.program_id(1) == 0:
-        lse = (total + tl.load(Near + query + g, mask=g < G, other=0.0)) * LN_2
-        tl.store(OutLse + query + g, tl.where(some, lse, -float("inf")), mask=g < G)
+        r = first_request + tl.arange(0, REQUESTS)[:, None]
+        g = tl.arange(0, GP)[None, :]
+        at_lse = (r * kv_heads + head) * G + g
+        mine = (r < batch) & (g < G)
+        lse = (weight + tl.load(Near + at_lse, mask=mine, other=0.0)) * LN_2
+        tl.store(OutLse + at_lse, tl.where(weight > NONE, lse, -float("inf")), mask=mine)

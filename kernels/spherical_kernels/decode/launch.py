@@ -35,6 +35,10 @@ MOST_HEADS = 8
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
 """Shared memory of a multiprocessor, and what the system takes of it for every program."""
 
+MERGE_ELEMENTS, MOST_MERGE_ROWS, MERGE_COLUMNS = 8192, 64, 32
+"""Numbers and rows (request, split, query head) at once in a program of the merge, and channels
+that it puts out."""
+
 _OPERAND_BITS = 10  # a float16 is linear in its low 10 bits
 
 Kind = tuple[SliceLayout, SliceLayout]
@@ -97,6 +101,7 @@ class DecodeWorkspace:
     near         float32 [max_batch, heads], q . centre
     partial      float32 [max_items, heads, d], in the value frames
     partial_lse  float32 [max_items, heads]
+    merged       float32 [2, max_batch, heads, d], all items of a request, by value frame
     """
 
     parts: torch.Tensor
@@ -105,6 +110,7 @@ class DecodeWorkspace:
     near: torch.Tensor
     partial: torch.Tensor
     partial_lse: torch.Tensor
+    merged: torch.Tensor
 
     @classmethod
     def allocate(
@@ -120,6 +126,7 @@ class DecodeWorkspace:
             table(SETS, max_batch, heads, BANDS, dtype=torch.int32),
             table(SETS, max_batch, heads, BANDS), table(max_batch, heads),
             table(max_items, heads, head_dim), table(max_items, heads),
+            table(len(FRAMES), max_batch, heads, head_dim),
         )  # fmt: skip
 
 
@@ -189,13 +196,17 @@ def run_decode(
         max_batch * heads, **kernel_constants(kinds, group, tuning), PTX=pdl, PDL=pdl,
         num_warps=tuning.warps, maxnreg=tuning.registers, **options,
     )  # fmt: skip
-    columns = min(width, 32 if batch * kv_heads < 64 else 128)
-    merge_rows[(batch * kv_heads, -(-d // columns))](
+    heads_padded = _power_of_two(group)
+    rows = max(heads_padded, min(MOST_MERGE_ROWS, MERGE_ELEMENTS // width))
+    together = max(1, min(_power_of_two(batch) // 4, rows // heads_padded))
+    splits = rows // (heads_padded * together)
+    merge_rows[(-(-batch // together) * kv_heads, -(-d // MERGE_COLUMNS))](
         workspace.partial, workspace.partial_lse, tables.item_start, tables.hot_items,
-        frames.value_duals, frames.value_centre, workspace.near, out, lse, kv_heads, **tile,
-        GP=_power_of_two(group), COLUMNS=columns,
-        ITEMS=max(1, 1024 // width // _power_of_two(group)),
-        HOT=not kinds[0][0].calibrated, CALIBRATED=kinds[-1][0].calibrated, PDL=pdl, **options,
+        workspace.merged, frames.value_duals, frames.value_centre, workspace.near, out, lse, batch,
+        kv_heads, workspace.merged.stride(0), **tile,
+        GP=heads_padded, COLUMNS=MERGE_COLUMNS, REQUESTS=together, SPLITS=splits,
+        HOT=not kinds[0][0].calibrated, CALIBRATED=kinds[-1][0].calibrated, PDL=pdl,
+        num_warps=8, **options,
     )  # fmt: skip
 
 
