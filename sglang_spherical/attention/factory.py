@@ -14,6 +14,9 @@ from sglang_spherical.pool.kv_pool import SphericalKVPool
 OLDEST_GPU = (8, 0)
 """Compute capability."""
 
+GPU_HEAD_DIMS = (64, 80, 96, 128, 256)
+"""Head dimensions that the kernels are tested at; narrower bands than theirs read wrongly."""
+
 
 def build_backend(model_runner: Any) -> SphericalAttnBackend:
     """The backend of one rank. Raises StartupError for a foreign pool or an attention not built."""
@@ -30,7 +33,7 @@ def build_backend(model_runner: Any) -> SphericalAttnBackend:
             q_heads.add(layer.tp_q_head_num)
     if pool.arena.device.type == "cpu":
         return SphericalAttnBackend(model_runner)
-    _check_gpu(pool.arena.device)
+    _check_gpu(pool.arena.device, pool.layout.head_dim)
     from sglang_spherical.attention.kernel_backend import KernelAttnBackend
 
     if len(q_heads) != 1:
@@ -41,12 +44,18 @@ def build_backend(model_runner: Any) -> SphericalAttnBackend:
     return KernelAttnBackend(model_runner, q_heads.pop())
 
 
-def _check_gpu(device: torch.device) -> None:
+def _check_gpu(device: torch.device, head_dim: int) -> None:
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < OLDEST_GPU:
         raise StartupError(
             f"{torch.cuda.get_device_name(device)}: the kernels of --kv-format spherical need an "
             f"NVIDIA GPU of compute capability {'.'.join(map(str, OLDEST_GPU))}: use --device cpu, "
             "or --kv-format dense"
+        )
+    if head_dim not in GPU_HEAD_DIMS:
+        known = ", ".join(map(str, GPU_HEAD_DIMS))
+        raise StartupError(
+            f"heads of dimension {head_dim}: the GPU kernels of --kv-format spherical serve {known}: "
+            "use --device cpu, or --kv-format dense"
         )
 
 

@@ -7,9 +7,11 @@ import pkgutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from seam_tools import load_plugin, parse, write_model
 
 from sglang_spherical import engagement
+from sglang_spherical.attention import factory as attention
 from sglang_spherical.config import SphericalConfig
 from sglang_spherical.engagement import Parts, check_parts
 from sglang_spherical.errors import EXIT_CODE, StartupError
@@ -228,3 +230,20 @@ def test_a_worker_is_verified_once_built(monkeypatch, capsys):
         startup.build_scheduler(lambda *args: built.append(args), "self", _arguments(), "ports")
     assert len(built) == 1
     assert capsys.readouterr().err == "error: not in effect\n"
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "message"),
+    [
+        ((7, 5), 128, "need an NVIDIA GPU of compute capability 8.0"),
+        ((9, 0), 32, "heads of dimension 32: the GPU kernels .* serve 64, 80, 96, 128, 256"),
+    ],
+)
+def test_what_the_kernels_cannot_read_is_refused_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], head_dim: int, message: str
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    with pytest.raises(StartupError, match=message):
+        attention._check_gpu(torch.device("cuda"), head_dim)
