@@ -54,8 +54,8 @@ def _check_gpu(device: torch.device, head_dim: int) -> None:
     if head_dim not in GPU_HEAD_DIMS:
         known = ", ".join(map(str, GPU_HEAD_DIMS))
         raise StartupError(
-            f"heads of dimension {head_dim}: the GPU kernels of --kv-format spherical serve {known}: "
-            "use --device cpu, or --kv-format dense"
+            f"heads of dimension {head_dim}: the GPU kernels of --kv-format spherical serve "
+            f"{known}: use --device cpu, or --kv-format dense"
         )
 
 
