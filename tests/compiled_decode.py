@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from spherical_kernels.codec.patterns import PATTERN_ID, Pattern
 from spherical_kernels.decode.launch import Tuning
@@ -67,6 +68,56 @@ print(json.dumps(
 """
 
 
+ENDS_SCRIPT = """
+import json, sys
+from pathlib import Path
+from subprocess import run
+from tempfile import TemporaryDirectory
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from spherical_kernels.decode.ends import frame_queries, merge_rows
+from spherical_kernels.decode.launch import merge_constants, query_rows
+
+head_dim, group, batch = json.loads(sys.argv[1])
+tile = {"D": head_dim, "DP": max(16, triton.next_power_of_2(head_dim)), "G": group, "PDL": True}
+kernels = (
+    (frame_queries, 4, {
+        "Q": "*bf16", "Dual": "*fp32", "Centre": "*fp32", "Parts": "*i8", "Sums": "*i32",
+        "Units": "*fp32", "Near": "*fp32", "batch": "i32", "kv_heads": "i32", "stride": "i32",
+        "scale": "fp32",
+    }, {"ROWS": query_rows(batch, group, head_dim)}),
+    (merge_rows, 8, {
+        "Partial": "*fp32", "Lse": "*fp32", "ItemStart": "*i32", "HotItems": "*i32",
+        "Merged": "*fp32", "Dual": "*fp32", "Centre": "*fp32", "Near": "*fp32", "Out": "*bf16",
+        "OutLse": "*fp32", "batch": "i32", "kv_heads": "i32", "stride": "i32",
+    }, merge_constants(batch, group, head_dim) | {"HOT": True, "CALIBRATED": True}),
+)
+tool, found = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", []
+for kernel, warps, types, constants in kernels:
+    constants = tile | constants
+    source = ASTSource(
+        fn=kernel,
+        signature=types | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if "*" in t},
+    )
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}
+    )
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(compiled.asm["cubin"])
+        usage = run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found.append({
+        "ptx": compiled.asm["ptx"], "usage": usage, "shared_bytes": compiled.metadata.shared
+    })
+print(json.dumps(found))
+"""
+
+
 @dataclass(frozen=True)
 class Compiled:
     """usage: what cuobjdump says of registers, stack and memory."""
@@ -84,8 +135,6 @@ def compile_decode(
     tuning: Tuning | None = None,
 ) -> Compiled:
     """Pages of 64 tokens; with the measured tuning where none is given."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     given = {
         "kinds": [[PATTERN_ID[side] for side in kind] for kind in kinds],
         "head_dim": head_dim,
@@ -93,11 +142,22 @@ def compile_decode(
         "capability": capability,
         "tuning": asdict(tuning) if tuning else None,
     }
+    return Compiled(**_in_a_process(SCRIPT, given))
+
+
+def compile_ends(head_dim: int, group: int, batch: int) -> list[Compiled]:
+    """The kernels before and after the pages, for sm_90."""
+    return [Compiled(**one) for one in _in_a_process(ENDS_SCRIPT, [head_dim, group, batch])]
+
+
+def _in_a_process(script: str, given: object) -> Any:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     found = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(given)],
+        [sys.executable, "-c", script, json.dumps(given)],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert found.returncode == 0, found.stderr[-2000:]
-    return Compiled(**json.loads(found.stdout.splitlines()[-1]))
+    return json.loads(found.stdout.splitlines()[-1])

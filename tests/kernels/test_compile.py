@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from compiled_decode import compile_decode
+from compiled_decode import compile_decode, compile_ends
 from decode_case import COLD, HOT, WARM, Kinds
+
+from spherical_kernels.decode.launch import SHARED_BYTES
 
 
 @pytest.mark.parametrize(
@@ -18,3 +20,12 @@ from decode_case import COLD, HOT, WARM, Kinds
 def test_compiles_without_spills(capability: int, head_dim: int, group: int, kinds: Kinds) -> None:
     usage = compile_decode(kinds, head_dim, group, capability).usage
     assert "STACK:0" in usage and "LOCAL:0" in usage, usage
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "group", "batch"), [(128, 4, 1), (128, 4, 256), (256, 8, 16), (64, 3, 64)]
+)
+def test_the_ends_compile_without_spills(head_dim: int, group: int, batch: int) -> None:
+    for compiled in compile_ends(head_dim, group, batch):
+        assert "STACK:0" in compiled.usage, compiled.usage
+        assert compiled.shared_bytes <= SHARED_BYTES

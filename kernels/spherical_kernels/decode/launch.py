@@ -181,7 +181,7 @@ def run_decode(
     pdl = _has_ptx(q.device)
     width = max(16, _power_of_two(d))
     tile: dict[str, Any] = {"D": d, "DP": width, "G": group}
-    rows = min(64, max(16, _power_of_two(batch * group) // 4))
+    rows = query_rows(batch, group, d)
     queries = workspace.parts, workspace.sums, workspace.units
     frame_queries[(-(-batch * group // rows) * kv_heads, SETS)](
         q, frames.key_duals, frames.key_centre, *queries, workspace.near, batch, kv_heads,
@@ -196,18 +196,30 @@ def run_decode(
         max_batch * heads, **kernel_constants(kinds, group, tuning), PTX=pdl, PDL=pdl,
         num_warps=tuning.warps, maxnreg=tuning.registers, **options,
     )  # fmt: skip
-    heads_padded = _power_of_two(group)
-    rows = max(heads_padded, min(MOST_MERGE_ROWS, MERGE_ELEMENTS // width))
-    together = max(1, min(_power_of_two(batch) // 4, rows // heads_padded))
-    splits = rows // (heads_padded * together)
-    merge_rows[(-(-batch // together) * kv_heads, -(-d // MERGE_COLUMNS))](
+    merge = merge_constants(batch, group, d)
+    merge_rows[(-(-batch // merge["REQUESTS"]) * kv_heads, -(-d // MERGE_COLUMNS))](
         workspace.partial, workspace.partial_lse, tables.item_start, tables.hot_items,
         workspace.merged, frames.value_duals, frames.value_centre, workspace.near, out, lse, batch,
         kv_heads, workspace.merged.stride(0), **tile,
-        GP=heads_padded, COLUMNS=MERGE_COLUMNS, REQUESTS=together, SPLITS=splits,
+        **merge,
         HOT=not kinds[0][0].calibrated, CALIBRATED=kinds[-1][0].calibrated, PDL=pdl,
         num_warps=8, **options,
     )  # fmt: skip
+
+
+def query_rows(batch: int, group: int, head_dim: int) -> int:
+    """Rows of a program of `frame_queries`: small batches spread over more programs, and more rows
+    of a wide head do not fit into registers."""
+    return 64 if batch * group >= 256 and head_dim <= 128 else 16
+
+
+def merge_constants(batch: int, group: int, head_dim: int) -> dict[str, int]:
+    """How `merge_rows` cuts its rows: large batches need no splits."""
+    heads = _power_of_two(group)
+    rows = max(heads, min(MOST_MERGE_ROWS, MERGE_ELEMENTS // max(16, _power_of_two(head_dim))))
+    together = max(1, min(_power_of_two(batch) // 4, rows // heads))
+    splits = rows // (heads * together)
+    return {"GP": heads, "COLUMNS": MERGE_COLUMNS, "REQUESTS": together, "SPLITS": splits}
 
 
 def _has_ptx(device: torch.device) -> bool:
