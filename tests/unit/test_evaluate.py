@@ -69,7 +69,7 @@ def test_codes_are_those_of_the_arena(
         coded = encode_slices(slices, first[side], rotation, frames.centre[side, 0])
         arena.write_slices(slices, arena.locate(page, 0)[1][0, :, side], coded)
     for old in range(level):
-        lower_pages(arena, frames, page, old, old + 1)
+        lower_pages(arena, frames, page, old, old + 1, kernels=False)
     for side, slices in enumerate(layout.side_layouts(level)):
         stored = arena.read_slices(slices, arena.locate(page, 0)[1][0, :, side])
         dual = frames.duals(slices.pattern.frame, 0, side)
