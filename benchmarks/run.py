@@ -27,6 +27,7 @@ import torch
 import triton
 from decode_cases import SHAPES, Batch, Shape
 from decode_peers import PEERS
+from timing import copy_gb_s
 
 from spherical_kernels.decode.launch import Tuning, tuning_for
 
@@ -42,16 +43,6 @@ def graph_us(function: Callable[[], object]) -> float:
     with torch.cuda.graph(graph):
         function()
     return triton.testing.do_bench(graph.replay, warmup=10, rep=60, return_mode="median") * 1e3
-
-
-def copy_gb_s() -> float:
-    """Bytes read and written per second by a large device-to-device copy, in GB/s."""
-    source = torch.empty(1 << 30, dtype=torch.float32, device="cuda").normal_()
-    target = torch.empty_like(source)
-    ms = triton.testing.do_bench(
-        lambda: target.copy_(source), warmup=30, rep=150, return_mode="median"
-    )
-    return 2 * source.numel() * 4 / ms / 1e6
 
 
 def tunings(base: Tuning) -> list[Tuning]:
