@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from spherical_kernels.codec.frames import calibrated_frame, signed_hadamard
+from spherical_kernels.codec.frames import LayerFrames, calibrated_frame, signed_hadamard
 from spherical_kernels.codec.patterns import PATTERNS
 from spherical_kernels.codec.slices import SCALES, SliceLayout, slice_layout
 from spherical_kernels.decode.launch import (
     FRAMES,
-    DecodeFrames,
     DecodeWorkspace,
     LayerPages,
     Tuning,
@@ -83,7 +82,7 @@ class Batch:
             [signed_hadamard(d).expand(heads, d, d), calibrated_frame(gain, spread)[1]]
         ).cuda()
         centre = torch.randn(2, heads, d, device="cuda")
-        self.frames = DecodeFrames(duals, duals, centre[0], centre[1])
+        self.frames = LayerFrames(duals, duals, centre[0], centre[1])
         self.scale = 0.5 / math.sqrt(d)
         self.kinds = tuple(
             (slice_layout(PATTERNS[k], PAGE, d), slice_layout(PATTERNS[v], PAGE, d))

@@ -26,17 +26,16 @@ from typing import Any
 import torch
 import triton
 
-from spherical_kernels.codec.frames import calibrated_frame, signed_hadamard
+from spherical_kernels.codec.frames import LayerFrames, calibrated_frame, signed_hadamard
 from spherical_kernels.codec.patterns import PATTERNS
 from spherical_kernels.codec.slices import CENTROID, SCALES, UNIT, SliceLayout, slice_layout
 from spherical_kernels.decode.reference import CodedSide, attend_entries, empty_state
 from spherical_kernels.extend.launch import (
     FRAMES,
     MULTIPROCESSORS,
-    LayerFrames,
+    TUNING,
     Tuning,
     run_extend,
-    tuning_for,
 )
 from spherical_kernels.extend.new_tokens import NewTokens
 from spherical_kernels.extend.tables import ExtendTables, build_tables, locate_entries
@@ -294,7 +293,7 @@ def measure(name: str, shape: Shape, sweeps: dict[str, Any] | None) -> dict[str,
         best = {key: value for key, value in sweeps[name][0].items() if key != "us"}
         tuning = Tuning(**best)
     else:
-        tuning = tuning_for(shape.new * shape.group)
+        tuning = TUNING
     row: dict[str, Any] = {"name": name, "shape": asdict(shape), "tuning": asdict(tuning)}
     run = batch.runner(tuning, None)
     row["max_error"], row["rms_error"] = batch.check(*run())

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from spherical_kernels.codec.frames import calibrated_frame, signed_hadamard
+from spherical_kernels.codec.frames import LayerFrames, calibrated_frame, signed_hadamard
 from spherical_kernels.codec.pages import encode_slices
 from spherical_kernels.codec.patterns import PATTERNS, FrameKind, Pattern
 from spherical_kernels.codec.slices import SliceLayout, slice_layout
 from spherical_kernels.decode.launch import (
     FRAMES,
-    DecodeFrames,
     DecodeWorkspace,
     LayerPages,
     Tuning,
@@ -53,7 +52,7 @@ class Case:
         matrix, dual = calibrated_frame(gain, spread)
         self.matrices = {FrameKind.HOT: hot, FrameKind.CALIBRATED: matrix}
         duals = torch.stack([hot, dual])
-        self.frames = DecodeFrames(duals, duals, self.normal(kv_heads, d), self.normal(kv_heads, d))
+        self.frames = LayerFrames(duals, duals, self.normal(kv_heads, d), self.normal(kv_heads, d))
         self.kinds = tuple((slice_layout(k, PAGE, d), slice_layout(v, PAGE, d)) for k, v in kinds)
         # pages of a request in any order, but a partial one last
         self.levels: list[list[int]] = []
@@ -157,7 +156,7 @@ class Case:
             page_level.to(DEVICE), PAGE, 1,
         )  # fmt: skip
         names = "key_duals", "value_duals", "key_centre", "value_centre"
-        frames = DecodeFrames(*(getattr(self.frames, name).to(DEVICE) for name in names))
+        frames = LayerFrames(*(getattr(self.frames, name).to(DEVICE) for name in names))
         q = self.q.to(DEVICE)
         workspace = DecodeWorkspace.allocate(batch + 1, max_items, q.shape[1], self.d, DEVICE)
         out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=DEVICE)

@@ -8,8 +8,8 @@ from functools import cache
 import torch
 
 from sglang_spherical.pool.kv_pool import SphericalKVPool
+from spherical_kernels.codec.frames import LayerFrames
 from spherical_kernels.decode.launch import (
-    DecodeFrames,
     DecodeWorkspace,
     LayerPages,
     items_for,
@@ -46,7 +46,7 @@ class DecodeTables:
             LayerPages(arena.bytes, arena.page_blocks, arena.places[:, layer], layout.block_bytes)
             for layer in range(layout.layers)
         ]
-        self.frames = [DecodeFrames(*pool.frames.of_layer(i)) for i in range(layout.layers)]
+        self.frames = [LayerFrames(*pool.frames.of_layer(i)) for i in range(layout.layers)]
         self.of_batch = cache(self._of_batch)
 
     def _items_of(self, batch: int) -> int:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from sglang_spherical.pool.kv_pool import SphericalKVPool
-from spherical_kernels.extend.launch import MULTIPROCESSORS, LayerFrames, run_extend, tuning_for
+from spherical_kernels.codec.frames import LayerFrames
+from spherical_kernels.extend.launch import MULTIPROCESSORS, TUNING, run_extend
 from spherical_kernels.extend.new_tokens import NewTokens
 from spherical_kernels.extend.tables import build_tables, locate_entries
 
@@ -54,7 +55,7 @@ class ExtendPlan:
     def _prepare(self, group: int, q: torch.Tensor, k: torch.Tensor, scale: float) -> None:
         layout, arena = self.pool.layout, self.pool.arena
         self._group, self._entries = group, None
-        self.tuning = tuning_for(max(self.lengths, default=0) * group)
+        self.tuning = TUNING
         self.tables = build_tables(
             self.req_to_token, self.slots, arena.page_level, self.prefixes, self.lengths,
             page_size=layout.page_size, group=group, kinds=len(layout.levels),

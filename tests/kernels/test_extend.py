@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from spherical_kernels.codec.frames import calibrated_frame, signed_hadamard
+from spherical_kernels.codec.frames import LayerFrames, calibrated_frame, signed_hadamard
 from spherical_kernels.codec.pages import encode_slices
 from spherical_kernels.codec.patterns import PATTERNS, FrameKind, Pattern
 from spherical_kernels.codec.slices import SliceLayout, slice_layout
@@ -17,7 +17,7 @@ from spherical_kernels.decode.reference import (
     attend_entries,
     empty_state,
 )
-from spherical_kernels.extend.launch import FRAMES, LayerFrames, Tuning, run_extend
+from spherical_kernels.extend.launch import FRAMES, Tuning, run_extend
 from spherical_kernels.extend.new_tokens import NewTokens
 from spherical_kernels.extend.reference import attend_new_tokens
 from spherical_kernels.extend.tables import ExtendTables, build_tables, locate_entries

@@ -14,6 +14,7 @@ calibrated   weights the channels, sorts them by importance into bands and rotat
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -65,3 +66,17 @@ def calibrated_frame(gain: torch.Tensor, spread: torch.Tensor) -> tuple[torch.Te
     sort = torch.zeros(heads, d, d, device=gain.device)
     sort.scatter_(2, order.unsqueeze(-1), 1.0)  # row i picks channel order[i]
     return rotation @ (sort * weight.unsqueeze(1)), rotation @ (sort / weight.unsqueeze(1))
+
+
+@dataclass(frozen=True)
+class LayerFrames:
+    """The frames of one layer, float32 and contiguous.
+
+    key_duals, value_duals      [2 (hot, calibrated), kv_heads, d, d], B of each frame
+    key_centre, value_centre    [kv_heads, d]
+    """
+
+    key_duals: torch.Tensor
+    value_duals: torch.Tensor
+    key_centre: torch.Tensor
+    value_centre: torch.Tensor

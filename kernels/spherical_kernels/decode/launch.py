@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 
+from ..codec.frames import LayerFrames
 from ..codec.pages import GAUSSIAN_STEP
 from ..codec.patterns import BANDS, FrameKind
 from ..codec.slices import SliceLayout, Tile
@@ -59,20 +60,6 @@ class Tuning:
     stages: int = 4
     warps: int = 1
     registers: int | None = None
-
-
-@dataclass(frozen=True)
-class DecodeFrames:
-    """The frames of one layer, float32 and contiguous.
-
-    key_duals, value_duals      [2 (hot, calibrated), kv_heads, d, d], B of each frame
-    key_centre, value_centre    [kv_heads, d]
-    """
-
-    key_duals: torch.Tensor
-    value_duals: torch.Tensor
-    key_centre: torch.Tensor
-    value_centre: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -154,7 +141,7 @@ def run_decode(
     kinds: tuple[Kind, ...],
     q: torch.Tensor,
     pages: LayerPages,
-    frames: DecodeFrames,
+    frames: LayerFrames,
     scale: float,
     workspace: DecodeWorkspace,
     out: torch.Tensor,
