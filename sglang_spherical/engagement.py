@@ -58,8 +58,20 @@ def verify(scheduler: Any) -> None:
     check_parts(parts, radix_disabled=scheduler.server_args.disable_radix_cache)
     overlapped = scheduler.enable_overlap and parts.pool.arena.device.type == "cuda"
     parts.pool.start(runner.forward_stream if overlapped else None)
+    _start_metrics(parts, scheduler.metrics_collector_context)
     if scheduler.ps.tp_rank == 0:
         print(banner(parts), file=sys.stderr, flush=True)
+
+
+def _start_metrics(parts: Parts, context: Any) -> None:
+    """Metrics of the cache, where SGLang's `context` says that this worker has metrics."""
+    if not context.current_scheduler_metrics_enabled:
+        return
+    from sglang_spherical.metrics import PrometheusMetrics
+
+    allocator = parts.allocator
+    labels = context.collector.labels
+    allocator.metrics = PrometheusMetrics(parts.pool.layout, allocator.size, labels)
 
 
 def check_parts(parts: Parts, *, radix_disabled: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.utils import get_num_new_pages
 
+from sglang_spherical.metrics import NoMetrics
 from sglang_spherical.pool.kv_pool import SphericalKVPool
 
 
@@ -23,10 +24,12 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):
     free_pages    int64, ids of unused logical pages
     free_blocks   int32, blocks no page owns
     free_tokens   the capacity that no page costs, in hot-token equivalents
+    metrics       is told what changes; engagement.py gives another one when metrics are on
     """
 
     def __init__(self, pool: SphericalKVPool, need_sort: bool = False) -> None:
         self.pool = pool
+        self.metrics = NoMetrics()
         super().__init__(
             pool.size,
             pool.page_size,
@@ -48,6 +51,7 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):
                 first, first + arena.num_blocks, dtype=torch.int32, device=self.device
             )
             self.pool.forget()
+        self.metrics.cleared(self.free_tokens)
 
     def available_size(self) -> int:
         """Free memory in hot-token equivalents."""
@@ -114,6 +118,7 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):
             blocks = self.pool.arena.page_blocks[pages, :owned].flatten()
             self.free_blocks = torch.cat((blocks, self.free_blocks))
         self.free_tokens += len(pages) * self.pool.layout.cost_tokens[level]
+        self.metrics.changed(level, -len(pages), self.free_tokens)
         super()._release_page_ids(pages)
 
     def lower(self, pages: torch.Tensor, old: int, new: int) -> None:
@@ -123,6 +128,7 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):
             blocks = self.pool.lower(pages, old, new)
             self.free_blocks = torch.cat((blocks, self.free_blocks))
         self.free_tokens += len(pages) * (cost[old] - cost[new])
+        self.metrics.retiered(old, new, len(pages), self.free_tokens)
 
     def _take_pages(self, count: int) -> torch.Tensor | None:
         """Ids [count] of new hot pages, placed on blocks; None when memory is short."""
@@ -137,6 +143,7 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):
         if count:
             with self.pool.order.after_forwards(pages, taken):
                 self.pool.arena.place_pages(pages, taken.view(count, -1))
+            self.metrics.changed(0, count, self.free_tokens)
         return pages
 
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:

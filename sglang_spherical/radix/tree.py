@@ -19,6 +19,7 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixCache
 
 from sglang_spherical.config import BUDGETS, SphericalConfig
+from sglang_spherical.metrics import timed
 from sglang_spherical.pool.allocator import SphericalAllocator
 from sglang_spherical.pool.order import to_device
 from sglang_spherical.retention.executor import execute
@@ -125,6 +126,7 @@ class SphericalRadixCache(RadixCache):
     # --- events: insert, evict ---
 
     def cache_unfinished_req(self, req: Any, chunked: bool = False) -> None:
+        self._count_hit(req)
         super().cache_unfinished_req(req, chunked=chunked)
         if self.disable:
             return
@@ -137,15 +139,23 @@ class SphericalRadixCache(RadixCache):
     def cache_finished_req(
         self, req: Any, is_insert: bool = True, *, kv_len_to_handle: int
     ) -> None:
+        self._count_hit(req)
         super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle)
         self.held_hot.pop(id(req), None)
         if not self.disable and is_insert and not self.disable_finished_insert:
             self._settle(req, self.inserted_node, kv_len_to_handle)
 
+    def _count_hit(self, req: Any) -> None:
+        """Tells the metrics, once per request, what prefix it started from."""
+        if id(req) not in self.held_hot and not self.disable:
+            levels = (node.levels for node in self._path(req.last_node))
+            self.allocator.metrics.started(levels)
+
     def _recent_page(self, length: int) -> int:
         """The first page that holds any of the newest tokens of a prefix of `length` tokens."""
         return max(0, length - self.recent_tokens) // self.page_size
 
+    @timed("insert")
     def _settle(self, req: Any, node: Node, length: int) -> None:
         """Gives the prefix that ends in `node` its budget; what requests read hot stays hot."""
         used = 1.0 - self.allocator.available_size() / self.allocator.size
@@ -167,6 +177,7 @@ class SphericalRadixCache(RadixCache):
                 tails[key] = min(start, tails.get(key, start))
         return tails
 
+    @timed("evict")
     def evict(self, params: EvictParams) -> EvictResult:
         """Frees at least `num_tokens` hot-token equivalents: lower the oldest, then drop them."""
         if self.disable:
@@ -184,6 +195,7 @@ class SphericalRadixCache(RadixCache):
         for level in np.unique(node.levels):
             chosen = to_device(np.flatnonzero(node.levels == level), pages.device)
             self.allocator.free_at_level(pages[chosen], int(level))
+            self.allocator.metrics.dropped(int(level), len(chosen))
         self._delete_leaf(node)
         self._record_remove_event(node)
 
