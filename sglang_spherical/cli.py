@@ -19,6 +19,7 @@ TOOLS = {
     "serve": "serve a model in the foreground, with what this machine needs filled in",
     "evaluate": "perplexity and divergence of a model through the codec, by tier",
     "calibrate": "make the frame file of a model",
+    "top": "a live view of a server's cache, by tier",
     "models": "get a model to serve and test with",
 }
 

@@ -10,7 +10,7 @@ in SGLang's own metrics; bytes are that rank's.
     spherical:dropped_pages_total {tier}              pages forgotten under memory pressure
     spherical:hit_tokens_total {tier}                 cached tokens that requests started from
     spherical:moved_bytes_total                       of blocks that re-tiering read and wrote
-    spherical:retention_seconds {trigger}             histogram: host time of a call, policy included
+    spherical:retention_seconds {trigger}             histogram: host time of a call and its policy
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_spherical.pool.layout import PageLayout
+if TYPE_CHECKING:
+    from sglang_spherical.pool.layout import PageLayout
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,7 +32,7 @@ R = TypeVar("R")
 PREFIX = "spherical:"
 TRIGGERS = ("insert", "evict")
 SECONDS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
-"""Bounds of the histogram's buckets: the target, no step later by more than 1 ms, is one of them."""
+"""Bounds of the histogram's buckets; no decode step shall be later by more than 1 ms."""
 
 
 class NoMetrics:
@@ -78,8 +79,9 @@ class PrometheusMetrics(NoMetrics):
 
         def gauge(name: str, text: str, *names: str) -> Any:
             names = (*labels, *names)
-            mode = "mostrecent"
-            return Gauge(PREFIX + name, text, names, registry=registry, multiprocess_mode=mode)
+            return Gauge(
+                PREFIX + name, text, names, registry=registry, multiprocess_mode="mostrecent"
+            )
 
         def counter(name: str, text: str, *names: str) -> Any:
             return Counter(PREFIX + name, text, (*labels, *names), registry=registry)
