@@ -9,7 +9,7 @@ import torch
 
 from spherical_kernels.codec.frames import LayerFrames, calibrated_frame, signed_hadamard
 from spherical_kernels.codec.patterns import PATTERNS
-from spherical_kernels.codec.slices import SCALES, SliceLayout, slice_layout
+from spherical_kernels.codec.slices import SliceLayout, slice_layout
 from spherical_kernels.decode.launch import (
     FRAMES,
     DecodeWorkspace,
@@ -128,8 +128,8 @@ class Batch:
     def _write_radii(self, layout: SliceLayout, places: torch.Tensor) -> None:
         """Radii that make values of about 1, and the header's scales."""
         if layout.calibrated:
-            scales = torch.rand(len(places), SCALES, device="cuda") * 0.5 + 0.5
-            scales *= torch.tensor([0.5] + [0.01] * (SCALES - 1), device="cuda")
+            scales = torch.rand(len(places), layout.scales, device="cuda") * 0.5 + 0.5
+            scales *= torch.tensor([0.5] + [0.01] * (layout.scales - 1), device="cuda")
             self._put(places + layout.scales_offset_bytes, scales.half())
         else:
             radii = torch.rand(len(places), PAGE, device="cuda") * 3 + 1

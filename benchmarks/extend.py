@@ -28,7 +28,7 @@ import triton
 
 from spherical_kernels.codec.frames import LayerFrames, calibrated_frame, signed_hadamard
 from spherical_kernels.codec.patterns import PATTERNS
-from spherical_kernels.codec.slices import CENTROID, SCALES, UNIT, SliceLayout, slice_layout
+from spherical_kernels.codec.slices import CENTROID, UNIT, SliceLayout, slice_layout
 from spherical_kernels.decode.reference import CodedSide, attend_entries, empty_state
 from spherical_kernels.extend.launch import (
     FRAMES,
@@ -127,7 +127,7 @@ class Batch:
         """Radii that make values of about 1, and the header's scales."""
         n = len(places)
         if layout.calibrated:
-            scales = torch.zeros(n, SCALES, device="cuda")
+            scales = torch.zeros(n, layout.scales, device="cuda")
             scales[:, UNIT] = torch.rand(n, device="cuda") * 0.1 + 0.2
             scales[:, CENTROID] = 0.01
             self._put(places + layout.scales_offset_bytes, scales.half())

@@ -38,7 +38,7 @@ from probe_run import DENSE, Run, summarise, table
 from tqdm import tqdm
 
 from sglang_spherical.banner import Banner
-from sglang_spherical.config import BUDGETS, PAGE_SIZES, SphericalConfig
+from sglang_spherical.config import PAGE_SIZES, TIERS, SphericalConfig
 from sglang_spherical.evaluation.inputs import DTYPES, require_model
 from sglang_spherical.server import Server, launch
 
@@ -54,7 +54,7 @@ def check(args: argparse.Namespace) -> None:
     require_model(args.model)
     if not args.text.is_file():
         raise ValueError(f"--text {args.text}: no such file")
-    for flag, given, known in (("kinds", args.kinds, KINDS), ("tiers", args.tiers, BUDGETS)):
+    for flag, given, known in (("kinds", args.kinds, KINDS), ("tiers", args.tiers, TIERS)):
         for name in given:
             if name not in known:
                 raise ValueError(f"--{flag} {name}: expected any of {', '.join(known)}")
@@ -224,7 +224,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="prose for the haystacks, UTF-8")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), help=", ".join(KINDS))
     parser.add_argument(
-        "--tiers", nargs="*", default=list(BUDGETS), help="--spherical-budget; none: dense alone"
+        "--tiers",
+        nargs="*",
+        default=["hot", "warm", "cold"],
+        help="--spherical-budget; none: dense alone",
     )
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 4096, 8192])
     parser.add_argument("--items", type=int, default=24, help="of each length (default: 24)")

@@ -45,6 +45,19 @@ def graph_us(function: Callable[[], object]) -> float:
     return triton.testing.do_bench(graph.replay, warmup=10, rep=60, return_mode="median") * 1e3
 
 
+def kernel_us(function: Callable[[], object]) -> dict[str, float]:
+    """Microseconds of every kernel of one call, the L2 cache as it comes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        function()
+        torch.cuda.synchronize()
+    times: dict[str, float] = {}
+    for event in found.events():
+        times[event.name] = round(times.get(event.name, 0.0) + event.device_time_total, 1)
+    return times
+
+
 def tunings(base: Tuning) -> list[Tuning]:
     """Those that a sweep tries."""
     found = []
@@ -92,18 +105,20 @@ def measure(
     max_error, rms_error = batch.plan(tuning).check()
     if sweeps is not None:
         sweeps[f"{name} {tier}"] = sweep(name, batch, tier, copy)
-    us = graph_us(batch.plan(tuning).run)
+    decode = batch.plan(tuning)
+    us, kernels = graph_us(decode.run), kernel_us(decode.run)
     fraction = batch.bytes / us / 1e3 / copy
     ratios = " ".join(f"{key[:-3]} {value / us:.2f}x" for key, value in dense.items() if value)
     print(
         f"{name} {tier}: {us:.1f} us, {fraction:.3f} of copy, {ratios}, error max {max_error:.5f} "
-        f"rms {rms_error:.6f}",
+        f"rms {rms_error:.6f}, {kernels}",
         flush=True,
     )
     return {
         "kernel": "decode", "shape": asdict(shape), "tier": tier, "ours_us": us,
         "bytes": batch.bytes, "fraction_of_copy": fraction, **dense,
         "max_error": max_error, "rms_error": rms_error, "tuning": asdict(tuning),
+        "kernels_us": kernels,
     }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from spherical_kernels.codec.frames import calibrated_frame, signed_hadamard
 from spherical_kernels.codec.pages import GAUSSIAN_STEP, code_banded, code_directions, steps_of
 from spherical_kernels.codec.patterns import BANDS
 from spherical_kernels.codec.radii import radius_table
-from spherical_kernels.codec.slices import SCALES
+from spherical_kernels.codec.slices import FEWEST_SCALES
 
 ERROR = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.00349, 6: 0.00104, 8: 0.000094}
 """Mean squared error of a unit normal coded with the best uniform step (Max 1960)."""
@@ -78,9 +78,8 @@ class Codec:
         up is left out."""
         radius = AFTER.get(self.radius) or RADII[self.radius].bits
         radii = radius * (1 if self.shared else self.count) / d
-        return (
-            self.code_bits() + radii + (CENTROID_BITS[self.centroid] + 16 * SCALES / d) / self.page
-        )
+        header = CENTROID_BITS[self.centroid] + 16 * FEWEST_SCALES / d
+        return self.code_bits() + radii + header / self.page
 
     def code(self, x: torch.Tensor, head: Head) -> torch.Tensor:
         """x [heads, tokens, d] float32, whole pages, as it is read back."""

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 KV_FORMATS = ("dense", "spherical")
 PAGE_SIZES = (16, 32, 64)
-BUDGETS = ("hot", "warm", "cold")
+TIERS = ("hot", "warm", "cool", "cold", "frozen")
+"""Levels of precision, finest first."""
+
 HOT_BITS = (4, 8)
 WARM_BITS = (3, 4)
 COLD_BITS = (2, 3)
@@ -26,9 +28,11 @@ class SphericalConfig:
     kv_format: str = "dense"
     hot_bits: int = 8  # code bits per value of tokens being written
     warm_bits: int = 4  # average code bits per value of cached prefixes
-    cold_bits: int = 2  # average code bits per value under eviction pressure
+    cold_bits: int = 2  # average code bits per value under eviction pressure, before the last tier
     budget: str = "warm"  # the tier that eligible prefix pages are given at once
     watermark: float = 0.0  # used fraction of memory below which nothing is re-tiered
+    high_watermark: float = 1.0  # used fraction above which insertions lower beyond the budget
+    settle_pages: int = 256  # pages that one insertion may re-encode; the rest waits for the next
     recent_tokens: int = 256  # newest tokens of a request that stay hot
     frames: str | None = None  # calibration file; None calibrates online
     kv_bytes: int | None = None  # memory for the pool, in bytes; None sizes it as SGLang does
@@ -42,7 +46,7 @@ class SphericalConfig:
         _one_of("--spherical-hot-bits", self.hot_bits, HOT_BITS)
         _one_of("--spherical-warm-bits", self.warm_bits, WARM_BITS)
         _one_of("--spherical-cold-bits", self.cold_bits, COLD_BITS)
-        _one_of("--spherical-budget", self.budget, BUDGETS)
+        _one_of("--spherical-budget", self.budget, TIERS)
         if not self.hot_bits > self.warm_bits > self.cold_bits:
             raise ValueError(
                 f"--spherical-warm-bits {self.warm_bits} must lie above --spherical-cold-bits "
@@ -52,6 +56,15 @@ class SphericalConfig:
         if not 0.0 <= self.watermark <= 1.0:
             raise ValueError(
                 f"--spherical-watermark {self.watermark}: expected a fraction from 0 to 1"
+            )
+        if not self.watermark <= self.high_watermark <= 1.0:
+            raise ValueError(
+                f"--spherical-high-watermark {self.high_watermark}: expected a fraction from "
+                f"--spherical-watermark {self.watermark} to 1"
+            )
+        if self.settle_pages < 1:
+            raise ValueError(
+                f"--spherical-settle-pages {self.settle_pages}: expected 1 or more pages"
             )
         if self.recent_tokens < 0:
             raise ValueError(

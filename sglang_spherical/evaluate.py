@@ -2,8 +2,8 @@
 
 Windows of 2,048 tokens under teacher forcing: queries read the page they are in, and the first one,
 at the hot tier, and everything between at the tier measured. Codes come from the server's encoder,
-reached as the server reaches them: hot when written, warm from hot, cold from warm. Frames come
-from a file, or are calibrated on the window after the last one scored.
+reached as the server reaches them: hot when written, and every tier named from the one before it.
+Frames come from a file, or are calibrated on the window after the last one scored.
 
 Comparators (--compare) go through the same windows. They read the page of the query and the first
 one exactly, and learn scales and codebooks from the same unscored window.
@@ -19,8 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_spherical.config import PAGE_SIZES
-from sglang_spherical.evaluation.report import TIERS
+from sglang_spherical.config import PAGE_SIZES, TIERS
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, required=True, help="text to score, in UTF-8")
     parser.add_argument(
         "--tiers",
-        default=",".join(TIERS),
-        help="tiers to measure, by commas (default: %(default)s)",
+        default="hot,warm,cold",
+        help=f"tiers to measure, by commas, of {', '.join(TIERS)}; each is coded from the codes of "
+        "the one before it (default: %(default)s)",
     )
     parser.add_argument(
         "--windows", type=int, help="windows to score (default: as many as the text fills)"

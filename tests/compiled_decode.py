@@ -79,20 +79,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from spherical_kernels.decode.ends import frame_queries, merge_rows
-from spherical_kernels.decode.launch import merge_constants, query_rows
+from spherical_kernels.decode.launch import (
+    FRAME_STAGES, FRAME_WARPS, merge_constants, query_rows,
+)
 
 head_dim, group, batch = json.loads(sys.argv[1])
 tile = {"D": head_dim, "DP": max(16, triton.next_power_of_2(head_dim)), "G": group, "PDL": True}
 kernels = (
-    (frame_queries, 4, {
+    (frame_queries, FRAME_WARPS, {
         "Q": "*bf16", "Dual": "*fp32", "Centre": "*fp32", "Parts": "*i8", "Sums": "*i32",
         "Units": "*fp32", "Near": "*fp32", "batch": "i32", "kv_heads": "i32", "stride": "i32",
         "scale": "fp32",
-    }, {"ROWS": query_rows(batch, group, head_dim)}),
+    }, {"ROWS": query_rows(batch, group, head_dim), "STAGES": FRAME_STAGES}),
     (merge_rows, 8, {
         "Partial": "*fp32", "Lse": "*fp32", "ItemStart": "*i32", "HotItems": "*i32",
-        "Merged": "*fp32", "Dual": "*fp32", "Centre": "*fp32", "Near": "*fp32", "Out": "*bf16",
-        "OutLse": "*fp32", "batch": "i32", "kv_heads": "i32", "stride": "i32",
+        "Dual": "*fp32", "Centre": "*fp32", "Near": "*fp32", "Out": "*bf16",
+        "OutLse": "*fp32", "batch": "i32", "kv_heads": "i32",
     }, merge_constants(batch, group, head_dim) | {"HOT": True, "CALIBRATED": True}),
 )
 tool, found = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", []

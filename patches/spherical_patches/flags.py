@@ -13,10 +13,10 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from sglang_spherical.config import (
-    BUDGETS,
     COLD_BITS,
     HOT_BITS,
     KV_FORMATS,
+    TIERS,
     WARM_BITS,
     SphericalConfig,
 )
@@ -39,12 +39,28 @@ _HELP: dict[str, tuple[type, str, str]] = {
     ),
     "hot_bits": (int, _choices(HOT_BITS), "Code bits per value of tokens being written."),
     "warm_bits": (int, _choices(WARM_BITS), "Average code bits per value of cached prefixes."),
-    "cold_bits": (int, _choices(COLD_BITS), "Average code bits per value under eviction pressure."),
-    "budget": (str, _choices(BUDGETS), "Tier that eligible prefix pages are given at once."),
+    "cold_bits": (
+        int,
+        _choices(COLD_BITS),
+        "Average code bits per value under eviction pressure; a last, coarser tier comes before "
+        "pages are dropped.",
+    ),
+    "budget": (str, _choices(TIERS), "Tier that eligible prefix pages are given at once."),
     "watermark": (
         float,
         "FRACTION",
         "Used fraction of KV memory, from 0 to 1, below which nothing is re-tiered.",
+    ),
+    "high_watermark": (
+        float,
+        "FRACTION",
+        "Used fraction of KV memory above which every insertion lowers cached prefixes beyond "
+        "--spherical-budget, so that less is left to do when memory is short; 1 never does.",
+    ),
+    "settle_pages": (
+        int,
+        "PAGES",
+        "Most pages that one insertion re-encodes; the rest waits for the next one.",
     ),
     "frames": (
         str,

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-TIERS = ("hot", "warm", "cold")
+from sglang_spherical.config import TIERS
+
 COLUMNS = (
     ("run", "name", "{}"),
     ("bits/value", "bits_per_value", "{:.2f}"),

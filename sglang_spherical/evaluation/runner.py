@@ -67,7 +67,10 @@ def _observe(model: Any, observer: Observer, windows: Iterable[torch.Tensor]) ->
 
 
 class Evaluation:
-    """A model, and what its runs have scored so far: `dense`, the tiers named, the comparators."""
+    """A model, and what its runs have scored so far: `dense`, the tiers named, the comparators.
+
+    Pages go down through the tiers named, and no others.
+    """
 
     def __init__(
         self,
@@ -84,10 +87,13 @@ class Evaluation:
         self.windows = 0
         self.dense = RunScores("dense", VALUE_BITS_DENSE)
         self.coded: list[tuple[CacheForm, RunScores]] = []
-        coder, names = TierCoder(frames, layout.levels), [level.name for level in layout.levels]
+        hot, *lower = layout.levels
+        stops = hot, *(level for level in lower if level.name in tiers)
+        coder = TierCoder(frames, stops)
         for tier in tiers:
-            level = names.index(tier)
-            self._add(TierRead(coder, level), tier, bits_per_value(layout, level))
+            stop, level = next(x for x in enumerate(stops) if x[1].name == tier)
+            bits = bits_per_value(layout, layout.levels.index(level))
+            self._add(TierRead(coder, stop), tier, bits)
         shape = layout.kv_heads, layout.page_size, layout.head_dim
         for comparator in compared:
             bits = comparators.bits_per_value(comparator, *shape)

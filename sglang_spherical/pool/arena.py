@@ -131,6 +131,6 @@ class Arena:
 
         The element type is of no matter but for its 16 bytes.
         """
-        length = layout.size_bytes // ALIGNMENT
         units = self.bytes.view(torch.complex128)
-        return units.as_strided((len(units) - length + 1, length), (1, 1))
+        length, step = layout.size_bytes // units.itemsize, ALIGNMENT // units.itemsize
+        return units.as_strided(((len(units) - length) // step + 1, length), (step, 1))

@@ -14,17 +14,21 @@ from functools import cache, cached_property
 
 import torch
 
-from sglang_spherical.config import SphericalConfig
+from sglang_spherical.config import TIERS, SphericalConfig
 from sglang_spherical.errors import StartupError
 from spherical_kernels.codec.patterns import PATTERN_ID, FrameKind, Pattern
-from spherical_kernels.codec.slices import ALIGNMENT, SliceLayout, slice_alignment, slice_layout
+from spherical_kernels.codec.slices import ALIGNMENT, SliceLayout, slice_layout
 
 # Places of a descriptor's fields, low bits first. The sign bit stays clear.
 PATTERN_BITS, SLOT_BITS, OFFSET_BITS = 4, 6, 21
 SLACK = 1.08  # how much larger than needed for hot pages a block may be made for the others' sake
 CANDIDATES = 48  # block sizes tried for every H
 MOST_BLOCKS = 1 << SLOT_BITS  # of a page
-LOWER_WEIGHT = 2.0  # of a lower level's waste beside hot's: most of a full cache is lowered
+WASTE_WEIGHTS = {"hot": 1.0, "warm": 3.0, "cold": 2.0}
+"""Of a level's waste: most of a cache is at the budget, and of a full one below it."""
+
+PASSING_WEIGHT = 0.5
+"""Of the other levels, which refine the ladder."""
 SIDES = 2  # keys, values
 
 
@@ -133,11 +137,13 @@ class PageLayout:
     def waste(self) -> float:
         """What pages cost over the bytes of their slices, summed over the levels by weight."""
         total, unit = 0.0, self.hot_blocks * self.block_bytes / self.page_size
-        for level, (blocks, cost) in enumerate(zip(self.blocks, self.cost_tokens)):
+        for level, (rung, blocks, cost) in enumerate(
+            zip(self.levels, self.blocks, self.cost_tokens)
+        ):
             pair = sum(side.size_bytes for side in self.side_layouts(level))
             counted = (blocks * self.block_bytes + cost * unit) / 2
             ratio = counted / (self.layers * self.kv_heads * pair) - 1
-            total += ratio * (LOWER_WEIGHT if level else 1.0)
+            total += ratio * WASTE_WEIGHTS.get(rung.name, PASSING_WEIGHT)
         return total
 
     @cached_property
@@ -191,8 +197,7 @@ def _block_sizes(
     if needed < max(side.size_bytes for pair in layouts for side in pair):
         return []
     top = int(needed * SLACK)
-    unit = slice_alignment(layouts[0][0].head_dim)
-    step = max(unit, (top - needed) // CANDIDATES // unit * unit)
+    step = max(ALIGNMENT, (top - needed) // CANDIDATES // ALIGNMENT * ALIGNMENT)
     sizes = [side.size_bytes for pair in layouts for side in pair]
     sizes += [keys.size_bytes + values.size_bytes for keys, values in layouts]
     fitted = {size * (top // size) for size in sizes}
@@ -222,20 +227,34 @@ def _calibrated(*bits: int) -> Pattern:
     return Pattern(FrameKind.CALIBRATED, bits)
 
 
-_TIER_PATTERNS = {
-    ("hot", 8): (Pattern(FrameKind.HOT, (8,)),) * 2,
-    ("hot", 4): (Pattern(FrameKind.HOT, (4,)),) * 2,
-    ("calibrated", 4): (_calibrated(6, 4, 4, 2), _calibrated(4, 4, 4, 4)),
-    ("calibrated", 3): (_calibrated(4, 4, 2, 2), _calibrated(4, 4, 2, 2)),
-    ("calibrated", 2): (_calibrated(4, 2, 2, 2), _calibrated(2, 2, 2, 2)),
+Sides = tuple[Pattern, Pattern]
+"""Patterns of keys and values."""
+
+_HOT: dict[int, Sides] = {bits: (Pattern(FrameKind.HOT, (bits,)),) * 2 for bits in (4, 8)}
+
+_CACHED: dict[int, Sides] = {
+    4: (_calibrated(6, 4, 4, 2), _calibrated(4, 4, 4, 4)),
+    3: (_calibrated(4, 4, 2, 2), _calibrated(4, 4, 2, 2)),
+    2: (_calibrated(4, 2, 2, 2), _calibrated(2, 2, 2, 2)),
 }
-"""Key and value patterns by frame and code bits: chosen by fidelity at equal bytes
-(docs/format.md)."""
+"""Of warm and cold, by code bits: chosen by fidelity at equal bytes (docs/format.md)."""
+
+_BETWEEN: dict[tuple[int, int], Sides] = {
+    (4, 2): _CACHED[3],
+    (4, 3): (_calibrated(6, 4, 4, 2), _calibrated(4, 4, 2, 2)),
+    (3, 2): (_calibrated(4, 2, 2, 2), _calibrated(4, 4, 2, 2)),
+}
+"""Of cool, by the bits of warm and cold."""
+
+_LAST: dict[int, Sides] = {
+    3: _CACHED[2],
+    2: (_calibrated(4, 2, 2, 0), _calibrated(2, 2, 2, 2)),
+}
+"""Of frozen, by the bits of cold."""
 
 
 def default_levels(config: SphericalConfig) -> tuple[Level, ...]:
-    """hot, warm and cold with the patterns that the bits of `config` name."""
-    hot = _TIER_PATTERNS["hot", config.hot_bits]
-    warm = _TIER_PATTERNS["calibrated", config.warm_bits]
-    cold = _TIER_PATTERNS["calibrated", config.cold_bits]
-    return Level("hot", *hot), Level("warm", *warm), Level("cold", *cold)
+    """The levels of `TIERS`, with the patterns that the bits of `config` name."""
+    warm, cold = config.warm_bits, config.cold_bits
+    sides = _HOT[config.hot_bits], _CACHED[warm], _BETWEEN[warm, cold], _CACHED[cold], _LAST[cold]
+    return tuple(Level(name, *pair) for name, pair in zip(TIERS, sides, strict=True))

@@ -14,19 +14,33 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult
+from sglang.srt.mem_cache.base_prefix_cache import (
+    EvictParams,
+    EvictResult,
+    MatchPrefixParams,
+    MatchResult,
+)
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixCache
 
-from sglang_spherical.config import BUDGETS, SphericalConfig
+from sglang_spherical.config import TIERS, SphericalConfig
 from sglang_spherical.metrics import timed
 from sglang_spherical.pool.allocator import SphericalAllocator
 from sglang_spherical.pool.order import to_device
+from sglang_spherical.retention.distortion import DROPPED, distortions
 from sglang_spherical.retention.executor import execute
-from sglang_spherical.retention.operations import NodeView
+from sglang_spherical.retention.ladder import Ladder
+from sglang_spherical.retention.nodes import ROOT, NodeTable
+from sglang_spherical.retention.operations import NodeView, Operation
 from sglang_spherical.retention.policy import relieve, settle
 
-Node = Any  # sglang's TreeNode, plus `levels`: uint8 [pages]
+Node = Any  # sglang's TreeNode, plus `levels`: uint8 [pages], and `row` in the table of nodes
+
+SHARED_HITS = 3
+"""SGLang counts a request twice on its own prefix: from here on others have come back to it."""
+
+HIT_WEIGHT = 0.5
+"""For the same reason, what one count adds to the reuses of a node."""
 
 
 class SphericalRadixCache(RadixCache):
@@ -34,21 +48,30 @@ class SphericalRadixCache(RadixCache):
 
     saved_evictable, saved_protected   hot-token equivalents saved by unlocked and by locked nodes
     held_hot   by request in flight: its last node, and the first page of its prefix it reads hot
+    unsettled  by last node: the page before which a prefix is still to be given its budget
+    table      what the policy knows of the nodes
     """
 
     def __init__(self, params: CacheInitParams, config: SphericalConfig) -> None:
         self.allocator: SphericalAllocator = params.token_to_kv_pool_allocator
         self.layout = self.allocator.pool.layout
-        self.budget = self.layout.finest_of_cost(BUDGETS.index(config.budget))
-        self.coldest = self.layout.finest_of_cost(len(self.layout.levels) - 1)
-        self.watermark = config.watermark
+        self.budget = self.layout.finest_of_cost(TIERS.index(config.budget))
+        costs = self.layout.cost_tokens
+        self.ladder = Ladder.over(costs, distortions(self.layout.levels), DROPPED)
+        self.drops_only = Ladder.of_drops(costs)
+        self.table = NodeTable(len(costs))
+        self.watermark, self.high_watermark = config.watermark, config.high_watermark
+        self.settle_pages = config.settle_pages
         self.recent_tokens = config.recent_tokens
         self.inserted_node: Node = None
         super().__init__(params)
 
     def reset(self) -> None:
         super().reset()
+        self.root_node.row = ROOT
+        self.table.clear()
         self.held_hot: dict[int, tuple[Node, int]] = {}
+        self.unsettled: dict[Node, int] = {}
         self.saved_evictable = 0
         self.saved_protected = 0
 
@@ -74,24 +97,41 @@ class SphericalRadixCache(RadixCache):
 
     # --- SGLang's structure, with levels kept beside it ---
 
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        result = super().match_prefix(params)
+        self.table.touch([node.row for node in self._path(result.last_device_node)])
+        return result
+
     def _insert_helper(
         self, node: Node, key: Any, value: Any, priority: int = 0, chunked: bool = False
     ) -> tuple[int, Node]:
+        self.table.clock += not chunked
         length = len(key)
         prefix_length, last = super()._insert_helper(node, key, value, priority, chunked)
         if prefix_length < length:
-            last.levels = np.zeros((length - prefix_length) // self.page_size, np.uint8)
+            before, end = prefix_length // self.page_size, length // self.page_size
+            last.levels = np.zeros(end - before, np.uint8)
+            last.row = self.table.add(last, last.parent.row, before, last.levels)
+        self.table.touch([node.row for node in self._path(last)])
         self.inserted_node = last
         return prefix_length, last
+
+    def _inc_hit_count(self, node: Node, chunked: bool = False) -> None:
+        super()._inc_hit_count(node, chunked)
+        if not chunked and node.hit_count >= SHARED_HITS:
+            self.table.count_reuse(node.row, HIT_WEIGHT)
 
     def _split_node(self, key: Any, child: Node, split_len: int) -> Node:
         upper = super()._split_node(key, child, split_len)
         at = split_len // self.page_size
         upper.levels, child.levels = child.levels[:at].copy(), child.levels[at:].copy()
+        upper.row = self.table.split(child.row, upper, upper.levels, child.levels)
         return upper
 
     def _delete_leaf(self, node: Node) -> None:
         self.saved_evictable -= self.saved_tokens(node)
+        self.table.remove(node.row)
+        self.unsettled.pop(node, None)
         super()._delete_leaf(node)
 
     def inc_lock_ref(self, node: Node) -> Any:
@@ -109,6 +149,7 @@ class SphericalRadixCache(RadixCache):
     def _move_savings(self, nodes: list[Node], direction: int) -> None:
         if self.disable:
             return
+        self.table.locked[[node.row for node in nodes]] = direction > 0
         saved = direction * sum(self.saved_tokens(node) for node in nodes)
         self.saved_evictable -= saved
         self.saved_protected += saved
@@ -117,6 +158,7 @@ class SphericalRadixCache(RadixCache):
         """Books pages (indices into the node) as being at `level`."""
         before = self.saved_tokens(node)
         node.levels[pages] = level
+        self.table.recount(node.row, node.levels)
         gained = self.saved_tokens(node) - before
         if node.lock_ref:
             self.saved_protected += gained
@@ -134,7 +176,7 @@ class SphericalRadixCache(RadixCache):
         # A chunked prompt's pages may still be written, and its next chunk shall see them hot.
         self.held_hot[id(req)] = req.last_node, 0 if chunked else self._recent_page(length)
         if not chunked:
-            self._settle(req, req.last_node, length)
+            self._settle(req.last_node, length)
 
     def cache_finished_req(
         self, req: Any, is_insert: bool = True, *, kv_len_to_handle: int
@@ -143,7 +185,7 @@ class SphericalRadixCache(RadixCache):
         super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle)
         self.held_hot.pop(id(req), None)
         if not self.disable and is_insert and not self.disable_finished_insert:
-            self._settle(req, self.inserted_node, kv_len_to_handle)
+            self._settle(self.inserted_node, kv_len_to_handle)
 
     def _count_hit(self, req: Any) -> None:
         """Tells the metrics, once per request, what prefix it started from."""
@@ -156,21 +198,42 @@ class SphericalRadixCache(RadixCache):
         return max(0, length - self.recent_tokens) // self.page_size
 
     @timed("insert")
-    def _settle(self, req: Any, node: Node, length: int) -> None:
-        """Gives the prefix that ends in `node` its budget; what requests read hot stays hot."""
-        used = 1.0 - self.allocator.available_size() / self.allocator.size
-        if self.budget == 0 or used < self.watermark or not self.allocator.pool.frames.ready:
-            return
-        path = self._views(list(self._path(node))[::-1])
-        operations = settle(path, self.budget, self._recent_page(length), self._hot_tails(req))
-        execute(self, operations)
+    def _settle(self, node: Node, length: int) -> None:
+        """Gives the prefix that ends in `node` its budget; what requests read hot stays hot.
 
-    def _hot_tails(self, req: Any) -> dict[int, int]:
-        """By node: the page (index into it) from which a request other than `req` reads it hot."""
+        What is more than `settle_pages` waits for the next call, as do older prefixes before it.
+        """
+        if self._used() < self.watermark or not self.allocator.pool.frames.ready:
+            return
+        left = self.settle_pages
+        if self.budget:
+            self.unsettled.pop(node, None)
+            self.unsettled = {node: self._recent_page(length)} | self.unsettled
+            tails = self._hot_tails()
+            while left and self.unsettled:
+                left -= self._settle_first(tails, left)
+        if self._used() > self.high_watermark:
+            surplus = int((self._used() - self.high_watermark) * self.allocator.size)
+            execute(self, self._relieve(surplus, drops=False, most_pages=left))
+
+    def _settle_first(self, tails: dict[int, int], most_pages: int) -> int:
+        """Lowers up to `most_pages` of the first unsettled prefix; returns how many."""
+        node, end_page = next(iter(self.unsettled.items()))
+        path = self._views(list(self._path(node))[::-1])
+        operations, count = settle(path, self.budget, end_page, tails, most_pages)
+        if count < most_pages:
+            del self.unsettled[node]
+        execute(self, operations)
+        return count
+
+    def _used(self) -> float:
+        """The fraction of memory that is not free."""
+        return 1.0 - self.allocator.available_size() / self.allocator.size
+
+    def _hot_tails(self) -> dict[int, int]:
+        """By node: the page (index into it) from which a request reads it hot."""
         tails: dict[int, int] = {}
-        for holder, (node, hot_page) in self.held_hot.items():
-            if holder == id(req):
-                continue
+        for node, hot_page in self.held_hot.values():
             for view in self._views(list(self._path(node))[::-1]):
                 start = max(0, hot_page - view.first_page)
                 key = id(view.node)
@@ -179,15 +242,17 @@ class SphericalRadixCache(RadixCache):
 
     @timed("evict")
     def evict(self, params: EvictParams) -> EvictResult:
-        """Frees at least `num_tokens` hot-token equivalents: lower the oldest, then drop them."""
+        """Frees at least `num_tokens` hot-token equivalents, where unlocked nodes hold so many."""
         if self.disable:
             return EvictResult()
         start = time.perf_counter()
-        coldest = self.coldest if self.allocator.pool.frames.ready else 0
-        operations = relieve(self._unlocked(), params.num_tokens, self.layout.cost_tokens, coldest)
-        gained = execute(self, operations)
+        gained = execute(self, self._relieve(params.num_tokens))
         self.update_eviction_metrics(gained, start)
         return EvictResult(num_tokens_evicted=gained)
+
+    def _relieve(self, tokens: int, **limits: Any) -> list[Operation]:
+        ladder = self.ladder if self.allocator.pool.frames.ready else self.drops_only
+        return relieve(self.table, tokens, ladder, **limits)
 
     def drop(self, node: Node) -> None:
         """Forgets an unlocked leaf and frees its pages."""
@@ -211,22 +276,6 @@ class SphericalRadixCache(RadixCache):
         """Views of nodes that follow each other from the root."""
         views, first = [], 0
         for node in path:
-            views.append(self._view(node, first))
+            views.append(NodeView(node, first, node.levels))
             first += len(node.levels)
         return views
-
-    def _unlocked(self) -> list[NodeView]:
-        """Views of all nodes that no request holds."""
-        views, stack = [], [(child, 0) for child in self.root_node.children.values()]
-        while stack:
-            node, first = stack.pop()
-            if node.lock_ref == 0:
-                views.append(self._view(node, first))
-            stack += [(child, first + len(node.levels)) for child in node.children.values()]
-        return views
-
-    @staticmethod
-    def _view(node: Node, first_page: int) -> NodeView:
-        return NodeView(
-            node, node.parent, len(node.children), node.last_access_time, first_page, node.levels
-        )

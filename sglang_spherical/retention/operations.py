@@ -1,4 +1,4 @@
-"""What a policy sees of the tree, and what it may ask for."""
+"""What a policy sees of a node, and what it may ask for."""
 
 from __future__ import annotations
 
@@ -8,26 +8,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+SINK_PAGES = 1
+"""First pages of a prefix, which hold the attention sinks: they stay hot until they are dropped."""
+
 Levels = NDArray[np.uint8]
 """Level of each page of a node, [pages]; 0 is hot."""
 
 
 @dataclass(frozen=True)
 class NodeView:
-    """A radix node as a policy sees it: only what every tensor-parallel rank agrees on.
+    """A radix node on the path of a prefix.
 
-    node         the node itself, opaque to the policy
-    parent       its parent node
-    children     number of its children
-    last_access  order of last use, older is smaller
-    first_page   pages of the prefix that lie before the node
-    levels       of its pages
+    node        the node itself, opaque to the policy
+    first_page  pages of the prefix that lie before the node
+    levels      of its pages
     """
 
     node: Any
-    parent: Any
-    children: int
-    last_access: float
     first_page: int
     levels: Levels
 
@@ -49,3 +46,8 @@ class Drop:
 
 
 Operation = Lower | Drop
+
+
+def sinks_of(first_page: int, pages: int) -> int:
+    """Pages of a node that hold sinks: its first ones, where the prefix begins."""
+    return max(0, min(SINK_PAGES - first_page, pages))

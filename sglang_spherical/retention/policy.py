@@ -1,20 +1,28 @@
-"""Which pages to lower, and which to drop, by age alone.
+"""Which pages to lower, and which nodes to drop.
 
-Pure functions of tree metadata: no tensors, no clocks, the same answer on every rank.
+Pure functions of metadata that every tensor-parallel rank shares: no tensors, no clocks.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_spherical.retention.operations import Drop, Levels, Lower, NodeView, Operation
-
-SINK_PAGES = 1
-"""First pages of a prefix, which hold the attention sinks: they stay hot until they are dropped."""
+from sglang_spherical.retention.ladder import BOTTOM, Ladder
+from sglang_spherical.retention.nodes import ROOT, NodeTable
+from sglang_spherical.retention.operations import (
+    SINK_PAGES,
+    Drop,
+    Levels,
+    Lower,
+    NodeView,
+    Operation,
+)
+from sglang_spherical.retention.worth import worth
 
 
 def lowerable(
@@ -30,69 +38,162 @@ def lowerable(
 
 
 def settle(
-    path: Sequence[NodeView], budget: int, end_page: int, hot_tails: Mapping[int, int]
-) -> list[Operation]:
+    path: Sequence[NodeView],
+    budget: int,
+    end_page: int,
+    hot_tails: Mapping[int, int],
+    most_pages: int,
+) -> tuple[list[Operation], int]:
     """Gives a prefix its budget: everything before `end_page` that is finer goes to level `budget`.
 
-    hot_tails  by id of a node: its first page (index) that another request reads hot
+    hot_tails   by id of a node: its first page (index) that requests read hot
+    most_pages  to lower now; the first ones of the prefix, which most requests share, come first
+    Returns the operations and how many pages they lower.
     """
     operations: list[Operation] = []
+    left = most_pages
     for view in path:
         pages = lowerable(view.levels, view.first_page, budget, end_page)
-        pages = pages[pages < hot_tails.get(id(view.node), len(view.levels))]
+        pages = pages[pages < hot_tails.get(id(view.node), len(view.levels))][:left]
         if len(pages):
             operations.append(Lower(view.node, pages, budget))
-    return operations
+            left -= len(pages)
+    return operations, most_pages - left
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Everything that could be done, cheapest loss first; all [steps].
+
+    row    of the table
+    level  that the pages leave, or BOTTOM for dropping the node
+    pages  that take the step
+    gain   hot-token equivalents freed
+    """
+
+    row: NDArray[np.int64]
+    level: NDArray[np.int64]
+    pages: NDArray[np.int64]
+    gain: NDArray[np.int64]
 
 
 def relieve(
-    views: Sequence[NodeView], need_tokens: int, cost_tokens: Sequence[int], coldest: int
+    table: NodeTable,
+    need_tokens: int,
+    ladder: Ladder,
+    *,
+    drops: bool = True,
+    most_pages: int | None = None,
 ) -> list[Operation]:
     """Frees at least `need_tokens` hot-token equivalents from unlocked nodes, if they hold so many.
 
-    Lowers to level `coldest` first, oldest nodes first and each from its end; drops the oldest
-    leaves only when lowering everything is not enough.
+    Takes the steps whose loss, worth times distortion, is least for what they free, and of the last
+    one only as many pages as are needed, from the end of the node. With `drops` false nothing is
+    dropped, and at most `most_pages` pages are lowered: then less may be freed.
     """
-    costs = np.asarray(cost_tokens)
-    lowered: dict[int, Lower] = {}
-    gained = 0
-    oldest_first = sorted(views, key=lambda view: view.last_access)
-    for view in oldest_first:
-        if gained >= need_tokens:
-            return list(lowered.values())
-        pages = lowerable(view.levels, view.first_page, coldest)[::-1]
-        gains = np.cumsum(costs[view.levels[pages]] - costs[coldest])
-        count = int(np.searchsorted(gains, need_tokens - gained)) + 1
-        if len(pages):
-            gained += int(gains[min(count, len(pages)) - 1])
-            lowered[id(view.node)] = Lower(view.node, pages[:count], coldest)
-    drops: list[Operation] = []
-    for view in _leaves_by_age(views):
-        if gained >= need_tokens:
-            break
-        lower = lowered.pop(id(view.node), None)
-        levels = view.levels.copy()
-        if lower is not None:
-            levels[lower.pages] = coldest
-        gained += int(costs[levels].sum())
-        drops.append(Drop(view.node))
-    return [*drops, *lowered.values()]
+    rows = table.unlocked()
+    if need_tokens <= 0 or not len(rows):
+        return []
+    steps = _sorted_steps(table, rows, ladder, drops)
+    whole, partial = _cut(steps, need_tokens, ladder, most_pages)
+    return _operations(table, ladder, steps, whole, partial)
 
 
-def _leaves_by_age(views: Sequence[NodeView]) -> list[NodeView]:
-    """The order in which nodes can be dropped: oldest leaf first, a parent once its children are
-    gone."""
-    children = {id(view.node): view.children for view in views}
-    by_node = {id(view.node): view for view in views}
-    heap = [(view.last_access, i, view) for i, view in enumerate(views) if not view.children]
-    heapq.heapify(heap)
-    order = []
-    while heap:
-        _, i, view = heapq.heappop(heap)
-        order.append(view)
-        parent = by_node.get(id(view.parent))
-        if parent is not None:
-            children[id(parent.node)] -= 1
-            if not children[id(parent.node)]:
-                heapq.heappush(heap, (parent.last_access, len(views) + i, parent))
-    return order
+def _cut(
+    steps: _Steps, need_tokens: int, ladder: Ladder, most_pages: int | None
+) -> tuple[int, int]:
+    """How many steps are taken whole, and how many pages take the one after them."""
+    gained = np.cumsum(steps.gain)
+    whole = int(np.searchsorted(gained, need_tokens))
+    partial = 0
+    if whole < len(gained):
+        level, missing = steps.level[whole], need_tokens - int(gained[whole] - steps.gain[whole])
+        if level == BOTTOM:
+            whole += 1
+        else:
+            partial = -(-missing // int(ladder.gain[level]))
+    if most_pages is not None:
+        moved = np.cumsum(steps.pages)
+        fitting = int(np.searchsorted(moved, most_pages, "right"))
+        if fitting < whole or (fitting == whole and fitting < len(moved)):
+            left = most_pages - int(moved[fitting] - steps.pages[fitting])
+            partial = left if fitting < whole else min(partial, left)
+            whole = fitting
+    return whole, partial
+
+
+def _sorted_steps(table: NodeTable, rows: NDArray[np.int64], ladder: Ladder, drops: bool) -> _Steps:
+    """The steps of the nodes in `rows` [n], in the order in which they are taken."""
+    pages, value = table.pages[rows], worth(table.reuses[rows], table.age(rows), len(table))
+    arriving = pages @ ladder.passes
+    gains = arriving * ladder.gain
+    losses = value[:, None] * ladder.slope
+    levels = np.broadcast_to(np.arange(pages.shape[1]), pages.shape)
+    owner = np.broadcast_to(np.arange(len(rows))[:, None], pages.shape)
+    columns = [[x.ravel()] for x in (owner, levels, arriving, gains, losses)]
+    if drops:
+        held = pages @ ladder.cost_tokens + table.sinks[rows] * ladder.cost_tokens[0]
+        dropped = _after_children(table, rows, value * ladder.drop_slope)
+        bottom, whole = np.full(len(rows), BOTTOM), np.zeros(len(rows), np.int64)
+        rest = held - gains.sum(1)
+        for column, more in zip(columns, (np.arange(len(rows)), bottom, whole, rest, dropped)):
+            column.append(more)
+    own, level, count, gain, loss = (np.concatenate(column) for column in columns)
+    useful = np.flatnonzero(gain)
+    own, level, count, gain, loss = (x[useful] for x in (own, level, count, gain, loss))
+    row = rows[own]
+    # At equal loss: lower before dropping, leaves before parents, old nodes before new ones.
+    order = np.lexsort((row, table.used[row], -table.first_page[row], level == BOTTOM, loss))
+    return _Steps(row[order], level[order], count[order], gain[order])
+
+
+def _after_children(
+    table: NodeTable, rows: NDArray[np.int64], loss: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Losses of dropping nodes, those of parents raised to their children's, which go first."""
+    place = np.full(len(table.parent), ROOT)
+    place[rows] = np.arange(len(rows))
+    parent = table.parent[rows]
+    parent = np.where(parent == ROOT, ROOT, place[parent])  # a locked one is not among the rows
+    child = np.flatnonzero(parent != ROOT)
+    while True:  # once more than worth is out of order along a path, which it hardly ever is
+        raised = loss.copy()
+        np.maximum.at(raised, parent[child], loss[child])
+        if np.array_equal(raised, loss):
+            return loss
+        loss = raised
+
+
+def _operations(
+    table: NodeTable, ladder: Ladder, steps: _Steps, whole: int, partial: int
+) -> list[Operation]:
+    """The first `whole` steps as operations, and the next one for `partial` of its pages."""
+    taken: dict[int, NDArray[np.bool_]] = {}  # by row: the levels that its pages leave
+    dropped: dict[int, None] = {}
+    for row, level in zip(steps.row[:whole].tolist(), steps.level[:whole].tolist()):
+        if level == BOTTOM:
+            dropped[row] = None
+        else:
+            taken.setdefault(row, np.zeros(len(ladder.slope), np.bool_))[level] = True
+    some = int(steps.row[whole]) if partial else None
+    if some is not None:
+        taken.setdefault(some, np.zeros(len(ladder.slope), np.bool_))
+    operations: list[Operation] = [Drop(table.node[row]) for row in dropped]
+    for row in [row for row in taken if row not in dropped]:
+        node, sinks = table.node[row], int(table.sinks[row])
+        after = ladder.targets(taken[row])[node.levels]
+        if row == some:
+            leaving = np.flatnonzero(after[sinks:] == steps.level[whole]) + sinks
+            after[leaving[-partial:]] = ladder.next_level[steps.level[whole]]
+        after[:sinks] = node.levels[:sinks]
+        operations += _lowers(node, after)
+    return operations
+
+
+def _lowers(node: Any, after: Levels) -> list[Operation]:
+    """What brings a node's pages to the levels `after` [pages]."""
+    changed = np.flatnonzero(after != node.levels)
+    return [
+        Lower(node, changed[after[changed] == level], int(level))
+        for level in np.unique(after[changed])
+    ]

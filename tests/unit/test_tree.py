@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cache_tools import Layer, normal, tiny_pool, write
+from cache_tools import Layer, normal, write
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -24,11 +24,12 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
-from sglang_spherical.config import SphericalConfig
+from sglang_spherical.config import TIERS, SphericalConfig
 from sglang_spherical.pool.allocator import SphericalAllocator
-from sglang_spherical.pool.layout import SIDES
+from sglang_spherical.pool.kv_pool import SphericalKVPool
+from sglang_spherical.pool.layout import SIDES, PageLayout, default_levels
 from sglang_spherical.radix.tree import SphericalRadixCache
-from sglang_spherical.retention.policy import SINK_PAGES
+from sglang_spherical.retention.operations import SINK_PAGES
 from spherical_kernels.codec.pages import decode_slices
 
 PAGE = 16
@@ -36,9 +37,16 @@ KINDS = 3  # kinds of page content; a page of kind t holds tokens 16 t .. 16 t +
 RECENT = 32
 MAX_TOKENS = 12 * PAGE
 
+LAYOUT = PageLayout(PAGE, 32, 4, 2, default_levels(SphericalConfig("spherical")), 16, 928)
+"""Small pages, and yet no two levels cost the same: a block holds one hot slice, or one and a
+half."""
+
+WARM, COOL, COLD, FROZEN = range(1, len(TIERS))
+COST = LAYOUT.cost_tokens
+
 VOCABULARY = KINDS * PAGE
-MEAN = torch.stack([2 * normal(2, 1, 2, 32, seed=side) for side in (1, 2)])
-CONTENT = MEAN + normal(SIDES, 2, VOCABULARY, 2, 32, seed=3)
+MEAN = torch.stack([2 * normal(LAYOUT.layers, 1, 2, 32, seed=side) for side in (1, 2)])
+CONTENT = MEAN + normal(SIDES, LAYOUT.layers, VOCABULARY, 2, 32, seed=3)
 """Keys and values [2, layers, vocabulary, kv_heads, d]: a token always says the same."""
 
 FAR_OFF = 0.8
@@ -80,14 +88,22 @@ class Cache:
     recent: int = RECENT
     budget: str = "warm"
     watermark: float = 0.0
+    high_watermark: float = 1.0
+    settle_pages: int = 256
+    layout: PageLayout = LAYOUT
     requests: list[Request] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         config = SphericalConfig(
-            "spherical", budget=self.budget, recent_tokens=self.recent, watermark=self.watermark
+            "spherical",
+            budget=self.budget,
+            recent_tokens=self.recent,
+            watermark=self.watermark,
+            high_watermark=self.high_watermark,
+            settle_pages=self.settle_pages,
         )
-        self.pool = tiny_pool(self.pages)
-        self.layout = self.pool.layout
+        layers = self.layout.layers
+        self.pool = SphericalKVPool(self.pages * PAGE, self.layout, "cpu", False, 0, layers)
         self.allocator = SphericalAllocator(self.pool)
         self.rows = ReqToTokenPool(8, MAX_TOKENS + PAGE, "cpu", False)
         params = CacheInitParams(False, self.rows, self.allocator, PAGE)
@@ -292,7 +308,7 @@ def ready_frames_like_content(cache: Cache, spoil: float | None = None) -> None:
     """Frames see a prompt of the same model; pages already in the cache move to the new centre."""
     pool = cache.pool
     tokens = torch.arange(128) % VOCABULARY
-    for layer in range(2):
+    for layer in range(LAYOUT.layers):
         keys, values = CONTENT[:, layer, tokens]
         if spoil is not None:
             keys[20] = spoil
@@ -322,7 +338,7 @@ def cache() -> Cache:
 def test_a_finished_prompt_settles_between_its_sinks_and_its_newest_tokens(cache: Cache) -> None:
     cache.serve(pages_of(*LONG))
     assert cache.levels(pages_of(*LONG)) == [0, 1, 1, 1, 1, 1, 0, 0]
-    saved = 5 * (PAGE - cache.layout.cost_tokens[1])
+    saved = 5 * (PAGE - COST[WARM])
     assert cache.allocator.available_size() == 4 * PAGE + saved
     assert cache.tree.evictable_size() == 8 * PAGE - saved
     cache.check()
@@ -337,7 +353,7 @@ def test_a_running_request_settles_at_the_end_of_its_prompt_and_not_before(cache
     assert cache.prefill(req, 2 * PAGE, last=False)
     assert cache.levels(pages_of(*LONG)) == [0, 1, 1, 1, 1, 1, 0, 0]
     assert cache.tree.evictable_size() == 0
-    assert cache.tree.protected_size() == 8 * PAGE - 5 * (PAGE - cache.layout.cost_tokens[1])
+    assert cache.tree.protected_size() == 8 * PAGE - 5 * (PAGE - COST[WARM])
     cache.check()
     for _ in range(2 * PAGE):
         assert cache.decode(req, 5)
@@ -371,7 +387,7 @@ def test_the_newest_tokens_of_a_running_request_stay_hot_for_it(cache: Cache) ->
     cache.check()
 
 
-@pytest.mark.parametrize(("budget", "level"), [("hot", 0), ("warm", 1), ("cold", 2)])
+@pytest.mark.parametrize(("budget", "level"), [*zip(TIERS, range(5))])
 def test_the_budget_is_the_level_of_settled_pages(budget: str, level: int) -> None:
     cache = Cache(budget=budget, recent=0)
     ready_frames_like_content(cache)
@@ -399,7 +415,7 @@ def test_a_split_keeps_every_page_at_its_level(cache: Cache) -> None:
         cache.check()
     req = cache.start([*pages_of(*LONG[:5]), 7])
     assert cache.prefill(req, 1)
-    assert cache.tree.protected_size() == PAGE + 4 * cache.layout.cost_tokens[1]
+    assert cache.tree.protected_size() == PAGE + 4 * COST[WARM]
     cache.check()
     cache.finish(req)
     assert cache.tree.protected_size() == 0
@@ -440,14 +456,13 @@ def test_an_aborted_request_leaves_what_was_cached_before(cache: Cache) -> None:
 
 def test_eviction_lowers_before_it_drops(cache: Cache) -> None:
     cache.serve(pages_of(*LONG))
-    cost = cache.layout.cost_tokens
     known = cache.prefixes()
-    by_lowering = 5 * (cost[1] - cost[2]) + 2 * (PAGE - cost[2])
+    by_lowering = 5 * (COST[WARM] - COST[FROZEN]) + 2 * (PAGE - COST[FROZEN])
     assert cache.tree.evict(EvictParams(by_lowering)).num_tokens_evicted == by_lowering
     assert cache.prefixes() == known
-    assert cache.levels(pages_of(*LONG)) == [0] + [2] * 7
+    assert cache.levels(pages_of(*LONG)) == [0] + [FROZEN] * 7
     cache.check()
-    assert cache.tree.evict(EvictParams(1)).num_tokens_evicted == PAGE + 7 * cost[2]
+    assert cache.tree.evict(EvictParams(1)).num_tokens_evicted == PAGE + 7 * COST[FROZEN]
     assert not cache.prefixes(), "one node is dropped as a whole"
     cache.check()
 
@@ -456,12 +471,11 @@ def test_only_the_first_page_of_a_prefix_is_a_sink(cache: Cache) -> None:
     """Nodes deeper in the tree have no sinks of their own."""
     cache.serve(pages_of(0, 1, 2, 0))
     cache.serve(pages_of(0, 1, 1, 1))
-    cost = cache.layout.cost_tokens
     free = cache.allocator.available_size()
-    cache.tree.evict(EvictParams(cache.allocator.size - free - PAGE - 5 * cost[2]))
-    assert cache.levels(pages_of(0, 1, 2, 0)) == [0, 2, 2, 2]
-    assert cache.levels(pages_of(0, 1, 1, 1)) == [0, 2, 2, 2]
-    assert cache.tree.evictable_size() == PAGE + 5 * cost[2]
+    cache.tree.evict(EvictParams(cache.allocator.size - free - PAGE - 5 * COST[FROZEN]))
+    assert cache.levels(pages_of(0, 1, 2, 0)) == [0] + [FROZEN] * 3
+    assert cache.levels(pages_of(0, 1, 1, 1)) == [0] + [FROZEN] * 3
+    assert cache.tree.evictable_size() == PAGE + 5 * COST[FROZEN]
     cache.check()
 
 
@@ -636,7 +650,7 @@ class Serving(RuleBasedStateMachine):
     """Rules are what a scheduler does; `known` is the model: the prefixes that must be cached."""
 
     @initialize(
-        budget=st.sampled_from(["warm", "hot", "cold"]),
+        budget=st.sampled_from(["warm", *TIERS]),
         recent=st.sampled_from([0, RECENT]),
         ready=st.sampled_from([True, True, False]),
     )

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 
 from .radii import CODES, LARGEST_RADIUS, nearest_codes, pack_radii, radius_table, unpack_radii
-from .slices import CENTROID, SCALES, UNIT, SliceLayout, read_codes, write_codes
+from .slices import CENTROID, UNIT, SliceLayout, read_codes, write_codes
 
 GAUSSIAN_STEP = {0: 0.0, 2: 0.9957, 4: 0.3352, 6: 0.1041, 8: 0.0308}
 """Best uniform step for a unit normal, in standard deviations (Max 1960; 8 bits: by search)."""
@@ -132,9 +132,9 @@ def _radius_words(layout: SliceLayout, slices: torch.Tensor) -> torch.Tensor:
 
 
 def _scales(layout: SliceLayout, slices: torch.Tensor) -> torch.Tensor:
-    """The header's scales as a float16 view [n, SCALES] of slices uint8 [n, size_bytes]."""
-    start = layout.scales_offset_bytes
-    return slices.view(torch.float16)[:, start // 2 : start // 2 + SCALES]
+    """The header's scales as a float16 view [n, layout.scales] of slices uint8 [n, size_bytes]."""
+    start = layout.scales_offset_bytes // 2
+    return slices.view(torch.float16)[:, start : start + layout.scales]
 
 
 def write_centroids(

@@ -1,11 +1,12 @@
 """The bytes of one slice: what a (page, layer, KV head) holds of its keys, or of its values.
 
     HOT          | radii fp16 [page_size] | tiles |
-    CALIBRATED   | centroid u8 [d] | scales fp16 [8] | radii u16 [page_size] | tiles |
+    CALIBRATED   | centroid u8 [d] | scales fp16 [8 or 16] | radii u16 [page_size] | tiles |
 
+Slices and tiles start at multiples of 32 bytes, the pieces in which a GPU reads its memory.
 The centroid is an 8-bit angle code in the slice's own frame. `scales` holds the unit of the radii,
-then the centroid's radius; the rest is zero. The radii of a token are one 16-bit word of 4 bits per
-band (radii.py); a band without codes has zeros there.
+then the centroid's radius; the rest is zero, as much as the place of the tiles asks for. The radii
+of a token are one 16-bit word of 4 bits per band (radii.py); a band without codes has zeros there.
 
 A tile is [page_size, row_bytes]. In a full tile a byte holds digits of one channel position of
 several bands, 8 bits together, the first in the highest bits: one mask takes a whole band out, and
@@ -23,23 +24,15 @@ import torch
 
 from .patterns import DIGITS, FrameKind, Pattern
 
-SCALES = 8
+FEWEST_SCALES = 8
 """float16 numbers in the header of a calibrated slice: of the radii, of the centroid, padding."""
 
 UNIT, CENTROID = 0, 1
 """Places among them of the unit of the radii and of the centroid's radius."""
 
-ALIGNMENT = 16
-"""Slices start, and their sections lie, at multiples of this many bytes."""
-
-WIDE_HEAD_DIM = 128
-"""From this head dimension on slices start at multiples of 32 bytes, the pieces in which a GPU
-reads its memory; padding smaller ones would cost more than it gains."""
-
-
-def slice_alignment(head_dim: int) -> int:
-    """What the size of every slice is a multiple of, in bytes."""
-    return 2 * ALIGNMENT if head_dim >= WIDE_HEAD_DIM else ALIGNMENT
+ALIGNMENT = 32
+"""Slices and their tiles start at multiples of this many bytes. Rows cut by a GPU's 32-byte sectors
+would be read twice."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +90,14 @@ class SliceLayout:
         return self.head_dim
 
     @property
+    def scales(self) -> int:
+        """float16 numbers of the header, padding included."""
+        end = self.head_dim + 2 * FEWEST_SCALES + self.radii_bytes
+        return FEWEST_SCALES + -end % ALIGNMENT // 2 if self.calibrated else 0
+
+    @property
     def radii_offset_bytes(self) -> int:
-        return self.head_dim + 2 * SCALES if self.calibrated else 0
+        return self.head_dim + 2 * self.scales if self.calibrated else 0
 
     @property
     def radii_bytes(self) -> int:
@@ -135,10 +134,10 @@ class SliceLayout:
 
     @cached_property
     def size_bytes(self) -> int:
-        """All of the slice, padded to `slice_alignment`."""
-        last, unit = self.tiles[-1], slice_alignment(self.head_dim)
+        """All of the slice, padded to `ALIGNMENT`."""
+        last = self.tiles[-1]
         end = last.offset_bytes + last.row_bytes * self.page_size
-        return -(-end // unit) * unit
+        return -(-end // ALIGNMENT) * ALIGNMENT
 
 
 @cache

@@ -16,7 +16,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def frame_queries(
     Q, Dual, Centre, Parts, Sums, Units, Near, batch, kv_heads, stride, scale,
-    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Queries into a key frame and to integers: ROWS queries of one KV head by every program.
 
@@ -27,48 +28,55 @@ def frame_queries(
     bands, in the calibrated one as a whole; [3, batch, kv_heads * G, ...]:
     Parts   int8 [..., 2, D], integers, their high then their low part: 128 * high + low
     Sums    int32 [..., BANDS], sums of a band's integers; Units float32 [..., BANDS], what an
-            integer of the band stands for, base 2
+            integer of the band stands for, base 2; of the whole query where it has one unit
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0) % kv_heads
     of_set = tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     m = tl.program_id(0) // kv_heads * ROWS + tl.arange(0, ROWS)
     known = m < batch * G
     query = (m // G * kv_heads + head) * G + m % G
-    d = tl.arange(0, DP)
+    # bands are padded on their own, so that they are a dimension
+    PADDED: tl.constexpr = DP // BANDS
+    place = tl.arange(0, DP)
+    d = place // PADDED * (D // BANDS) + place % PADDED
+    real = place % PADDED < D // BANDS
     step = tl.arange(0, STEP)
     dual = Dual + (tl.minimum(of_set, 1) * kv_heads + head).to(tl.int64) * (D * D)
     framed = tl.zeros([ROWS, DP], tl.float32)
     near = tl.zeros([ROWS], tl.float32)
-    for start in range(0, D, STEP):
+    for start in tl.range(0, D, STEP, num_stages=STAGES):
         channel = start + step
         inside = known[:, None] & (channel < D)[None, :]
         q = tl.load(Q + query[:, None] * D + channel[None, :], mask=inside, other=0.0)
         q = q.to(tl.float32) * scale
-        inside = (channel < D)[:, None] & (d < D)[None, :]
+        inside = (channel < D)[:, None] & real[None, :]
         turned = tl.load(dual + d[None, :] * D + channel[:, None], mask=inside, other=0.0)
         framed = tl.dot(q, turned, framed, input_precision="tf32x3")
         centre = tl.load(Centre + head * D + channel, mask=channel < D, other=0.0)
         near += tl.sum(q * centre[None, :], 1)
-    inside = known[:, None] & (d < D)[None, :]
-    width = tl.where(of_set == 1, D // BANDS, D)
-    place = (of_set * stride + query).to(tl.int64)
-    per_step = tl.full([ROWS, DP], 0.0, tl.float32)
-    for b in tl.static_range(BANDS):
-        mine = (d // width == b)[None, :]
-        peak = tl.max(tl.where(mine, tl.abs(framed), 0.0), 1)
-        of_band = tl.where(peak > 0, QUERY_PEAK / peak, 1.0)
-        per_step = tl.where(mine, of_band[:, None], per_step)
-        tl.store(Units + place * BANDS + b, 1.0 / of_band, mask=known)
-    whole = tl.floor(framed * per_step + 0.5).to(tl.int32)
+    by_band = tl.reshape(framed, [ROWS, BANDS, PADDED])
+    peak = tl.max(tl.abs(by_band), 2)
+    if of_set != 1:
+        peak = tl.broadcast_to(tl.max(peak, 1)[:, None], [ROWS, BANDS])
+    per_unit = tl.where(peak > 0, QUERY_PEAK / peak, 1.0)
+    whole = tl.floor(by_band * per_unit[:, :, None] + 0.5).to(tl.int32)
+    total = tl.sum(whole, 2)
+    if of_set != 1:
+        total = tl.broadcast_to(tl.sum(total, 1)[:, None], [ROWS, BANDS])
+    of_query = (of_set * stride + query).to(tl.int64)
+    at = (of_query * BANDS)[:, None] + tl.arange(0, BANDS)[None, :]
+    tl.store(Units + at, 1.0 / per_unit, mask=known[:, None])
+    tl.store(Sums + at, total, mask=known[:, None])
+    whole = tl.reshape(whole, [ROWS, DP])
     high = (whole + 64) >> 7
-    target = Parts + place[:, None] * (2 * D) + d[None, :]
+    inside = known[:, None] & real[None, :]
+    target = Parts + of_query[:, None] * (2 * D) + d[None, :]
     tl.store(target, high.to(tl.int8), mask=inside)
     tl.store(target + D, (whole - (high << 7)).to(tl.int8), mask=inside)
-    for b in tl.static_range(BANDS):
-        total = tl.sum(tl.where((d // width == b)[None, :], whole, 0), 1)
-        tl.store(Sums + place * BANDS + b, total, mask=known)
     if of_set == 0:
         tl.store(Near + query, near, mask=known)
 
@@ -98,9 +106,10 @@ def weigh_items(Lse, first, end, stride, SPLITS: tl.constexpr, GP: tl.constexpr)
 @triton.jit
 def add_items(
     Partial, Lse, first, end, stride, total, D: tl.constexpr, DP: tl.constexpr,
-    SPLITS: tl.constexpr, GP: tl.constexpr,
+    SPLITS: tl.constexpr, GP: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
-    """Items weighed against `total` [ROWS], added over all splits: [ROWS / SPLITS, DP]."""
+    """Items weighed against `total` [ROWS], added over all splits: [ROWS / SPLITS, DP], COPIES
+    times one below the other."""
     d = tl.arange(0, DP)
     REQUESTS: tl.constexpr = first.shape[0] // (SPLITS * GP)
     sums = tl.zeros([first.shape[0], DP], tl.float32)
@@ -112,13 +121,48 @@ def add_items(
         part = tl.load(Partial + at[:, None] * D + d[None, :], mask=inside, other=0.0)
         sums += part * share[:, None]
     sums = tl.sum(tl.reshape(sums, [REQUESTS, SPLITS, GP, DP]), 1)
-    return tl.reshape(sums, [REQUESTS * GP, DP])
+    copies = tl.broadcast_to(sums[None, :, :, :], [COPIES, REQUESTS, GP, DP])
+    return tl.reshape(copies, [COPIES * REQUESTS * GP, DP])
+
+
+@triton.jit
+def load_dual(dual, first, column, D: tl.constexpr, ROWS: tl.constexpr):
+    """Rows [first, first + ROWS) of a frame's matrix [D, D]; zero where there are none."""
+    d = first + tl.arange(0, ROWS)
+    at = dual + (d * D)[:, None] + column[None, :]
+    return tl.load(at, mask=(d < D)[:, None] & (column < D)[None, :], other=0.0)
+
+
+@triton.jit
+def halves_of(x):
+    """[n, 2 m] -> its left and its right half, [n, m] both."""
+    HALF: tl.constexpr = x.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, HALF]), (0, 2, 1)))
+
+
+@triton.jit
+def turn_piece(sums, dual, first, column, out, D: tl.constexpr):
+    """out + sums @ dual[first : first + n], sums [rows, n]."""
+    turned = load_dual(dual, first, column, D, sums.shape[1])
+    return tl.dot(sums, turned, out, input_precision="tf32x3")
+
+
+@triton.jit
+def turn_sums(sums, dual, column, out, D: tl.constexpr):
+    """out + sums @ dual, in quarters: as an operand a whole row would not fit into registers."""
+    QUARTER: tl.constexpr = sums.shape[1] // 4
+    left, right = halves_of(sums)
+    first, second = halves_of(left)
+    third, fourth = halves_of(right)
+    out = turn_piece(first, dual, 0, column, out, D)
+    out = turn_piece(second, dual, QUARTER, column, out, D)
+    out = turn_piece(third, dual, 2 * QUARTER, column, out, D)
+    return turn_piece(fourth, dual, 3 * QUARTER, column, out, D)
 
 
 @triton.jit
 def merge_rows(
-    Partial, Lse, ItemStart, HotItems, Merged, Dual, Centre, Near, Out, OutLse, batch, kv_heads,
-    stride,
+    Partial, Lse, ItemStart, HotItems, Dual, Centre, Near, Out, OutLse, batch, kv_heads,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, COLUMNS: tl.constexpr,
     REQUESTS: tl.constexpr, SPLITS: tl.constexpr, HOT: tl.constexpr, CALIBRATED: tl.constexpr,
     PDL: tl.constexpr,
@@ -127,8 +171,6 @@ def merge_rows(
 
     Partial    float32 [items, kv_heads, G, D], in the value frames; Lse likewise, base 2
     ItemStart  int32 [requests + 1], HotItems int32 [requests]
-    Merged     float32 [2, requests, kv_heads * G, D], frames `stride` numbers apart: sums on their
-               way to being an operand; programs of the same rows write the same
     Dual       float32 [2, kv_heads, D, D], B of the value frames; Centre float32 [kv_heads, D]
     Near       float32 [requests, kv_heads * G], q . centre of the keys, base 2
     Out        [requests, kv_heads * G, D], zero without items; OutLse float32, natural
@@ -136,6 +178,15 @@ def merge_rows(
     """
     head = tl.program_id(0) % kv_heads
     first_request = tl.program_id(0) // kv_heads * REQUESTS
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    # what does not depend on the kernel before comes first, as far as there are registers
+    EARLY: tl.constexpr = DP <= 128 and REQUESTS * GP <= 16
+    hot_dual, dual = Dual + head * (D * D), Dual + (kv_heads + head) * (D * D)
+    if EARLY and HOT:
+        hot_dual = load_dual(hot_dual, 0, column, D, DP)
+    if EARLY and CALIBRATED:
+        dual = load_dual(dual, 0, column, D, DP)
+    centre = tl.load(Centre + head * D + column, mask=column < D, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
     row = tl.arange(0, REQUESTS * SPLITS * GP)
@@ -154,49 +205,33 @@ def merge_rows(
     all_splits = tl.broadcast_to(total[:, None, :], [REQUESTS, SPLITS, GP])
     all_splits = tl.reshape(all_splits, [REQUESTS * SPLITS * GP])
 
-    m = tl.arange(0, REQUESTS * GP)
-    of_row = first_request + m // GP
-    real = (of_row < batch) & (m % GP < G)
-    query = (of_row * kv_heads + head) * G + m % GP
-    d = tl.arange(0, DP)
-    target = Merged + query.to(tl.int64)[:, None] * D + d[None, :]
-    inside = real[:, None] & (d < D)[None, :]
+    # a product takes 16 rows at least
+    COPIES: tl.constexpr = 16 // (REQUESTS * GP) if REQUESTS * GP < 16 else 1
+    out = tl.zeros([COPIES * REQUESTS * GP, COLUMNS], tl.float32)
     if HOT:
         sums = add_items(
-            partials, lses, first + split, middle, kv_heads * G, all_splits, D, DP, SPLITS, GP
-        )
-        tl.store(target, sums, mask=inside)
+            partials, lses, first + split, middle, kv_heads * G, all_splits, D, DP, SPLITS, GP,
+            COPIES,
+        )  # fmt: skip
+        if EARLY:
+            out = tl.dot(sums, hot_dual, out, input_precision="tf32x3")
+        else:
+            out = turn_sums(sums, hot_dual, column, out, D)
     if CALIBRATED:
         sums = add_items(
-            partials, lses, middle + split, end, kv_heads * G, all_splits, D, DP, SPLITS, GP
-        )
-        tl.store(target + stride, sums, mask=inside)
-    tl.debug_barrier()
-
-    # a product takes 16 rows at least
-    ROWS: tl.constexpr = 16 if REQUESTS * GP < 16 else REQUESTS * GP
-    m = tl.arange(0, ROWS)
+            partials, lses, middle + split, end, kv_heads * G, all_splits, D, DP, SPLITS, GP,
+            COPIES,
+        )  # fmt: skip
+        if EARLY:
+            out = tl.dot(sums, dual, out, input_precision="tf32x3")
+        else:
+            out = turn_sums(sums, dual, column, out, D)
+    m = tl.arange(0, COPIES * REQUESTS * GP)
     of_row = first_request + m // GP
     real = (m < REQUESTS * GP) & (of_row < batch) & (m % GP < G)
     query = (of_row * kv_heads + head) * G + m % GP
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    step = tl.arange(0, STEP)
-    out = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for frame in tl.static_range(2):
-        if HOT if frame == 0 else CALIBRATED:
-            source = Merged + frame * stride + query.to(tl.int64)[:, None] * D
-            dual = Dual + (frame * kv_heads + head).to(tl.int64) * (D * D)
-            for start in range(0, D, STEP):
-                channel = start + step
-                wanted = real[:, None] & (channel < D)[None, :]
-                rows = tl.load(source + channel[None, :], mask=wanted, other=0.0)
-                at = dual + channel[:, None] * D + column[None, :]
-                wanted_too = (channel < D)[:, None] & (column < D)[None, :]
-                turned = tl.load(at, mask=wanted_too, other=0.0)
-                out = tl.dot(rows, turned, out, input_precision="tf32x3")
     first = tl.load(ItemStart + of_row, mask=real, other=0)
     some = tl.load(ItemStart + of_row + 1, mask=real, other=0) > first
-    centre = tl.load(Centre + head * D + column, mask=column < D, other=0.0)
     out = tl.where(some[:, None], out + centre[None, :], 0.0)
     target = Out + query.to(tl.int64)[:, None] * D + column[None, :]
     inside = real[:, None] & (column < D)[None, :]

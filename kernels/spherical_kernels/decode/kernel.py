@@ -233,7 +233,8 @@ def attend_pages(
                         tile = k_tiles[KD[i][0]]
                         if KT[KD[i][0]][2]:
                             shift = (k % WIDTH // KT[KD[i][0]][1] * KT[KD[i][0]][2])[None, :]
-                            codes = take_runs(tile, shift, KD[i][3], PTX)
+                            even: tl.constexpr = KT[KD[i][0]][1] % 4 == 0
+                            codes = take_runs(tile, shift, KD[i][3], PTX and even)
                         else:
                             codes = take_bytes(tile, KD[i][2], KD[i][3], KD[i][4], PTX)
                         dots = tl.dot(codes, q[b], dots, out_dtype=tl.int32)

@@ -40,6 +40,9 @@ MERGE_ELEMENTS, MOST_MERGE_ROWS, MERGE_COLUMNS = 8192, 64, 32
 """Numbers and rows (request, split, query head) at once in a program of the merge, and channels
 that it puts out."""
 
+FRAME_STAGES, FRAME_WARPS = 4, 8
+"""Of `frame_queries`: steps of a frame in flight, and warps of a program."""
+
 _OPERAND_BITS = 10  # a float16 is linear in its low 10 bits
 
 Kind = tuple[SliceLayout, SliceLayout]
@@ -88,7 +91,6 @@ class DecodeWorkspace:
     near         float32 [max_batch, heads], q . centre
     partial      float32 [max_items, heads, d], in the value frames
     partial_lse  float32 [max_items, heads]
-    merged       float32 [2, max_batch, heads, d], all items of a request, by value frame
     """
 
     parts: torch.Tensor
@@ -97,7 +99,6 @@ class DecodeWorkspace:
     near: torch.Tensor
     partial: torch.Tensor
     partial_lse: torch.Tensor
-    merged: torch.Tensor
 
     @classmethod
     def allocate(
@@ -113,7 +114,6 @@ class DecodeWorkspace:
             table(SETS, max_batch, heads, BANDS, dtype=torch.int32),
             table(SETS, max_batch, heads, BANDS), table(max_batch, heads),
             table(max_items, heads, head_dim), table(max_items, heads),
-            table(len(FRAMES), max_batch, heads, head_dim),
         )  # fmt: skip
 
 
@@ -172,7 +172,8 @@ def run_decode(
     queries = workspace.parts, workspace.sums, workspace.units
     frame_queries[(-(-batch * group // rows) * kv_heads, SETS)](
         q, frames.key_duals, frames.key_centre, *queries, workspace.near, batch, kv_heads,
-        max_batch * heads, scale * LOG2_E, **tile, ROWS=rows, PDL=pdl,
+        max_batch * heads, scale * LOG2_E, **tile, ROWS=rows, STAGES=FRAME_STAGES, PDL=pdl,
+        num_warps=FRAME_WARPS,
     )  # fmt: skip
     max_items, max_pages = len(tables.items), tables.pages.shape[1]
     options = {"launch_pdl": True} if pdl else {}
@@ -186,8 +187,7 @@ def run_decode(
     merge = merge_constants(batch, group, d)
     merge_rows[(-(-batch // merge["REQUESTS"]) * kv_heads, -(-d // MERGE_COLUMNS))](
         workspace.partial, workspace.partial_lse, tables.item_start, tables.hot_items,
-        workspace.merged, frames.value_duals, frames.value_centre, workspace.near, out, lse, batch,
-        kv_heads, workspace.merged.stride(0), **tile,
+        frames.value_duals, frames.value_centre, workspace.near, out, lse, batch, kv_heads, **tile,
         **merge,
         HOT=not kinds[0][0].calibrated, CALIBRATED=kinds[-1][0].calibrated, PDL=pdl,
         num_warps=8, **options,
@@ -203,7 +203,8 @@ def query_rows(batch: int, group: int, head_dim: int) -> int:
 def merge_constants(batch: int, group: int, head_dim: int) -> dict[str, int]:
     """How `merge_rows` cuts its rows: large batches need no splits."""
     heads = _power_of_two(group)
-    rows = max(heads, min(MOST_MERGE_ROWS, MERGE_ELEMENTS // max(16, _power_of_two(head_dim))))
+    width = max(16, _power_of_two(head_dim))
+    rows = max(heads, min(MOST_MERGE_ROWS, MERGE_ELEMENTS // width))
     together = max(1, min(_power_of_two(batch) // 4, rows // heads))
     splits = rows // (heads * together)
     return {"GP": heads, "COLUMNS": MERGE_COLUMNS, "REQUESTS": together, "SPLITS": splits}

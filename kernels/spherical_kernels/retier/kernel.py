@@ -24,7 +24,6 @@ BELOW_HALF = tl.constexpr((1 << 20) - 1)  # of the bits that a radius has not
 LARGEST_CODE = tl.constexpr(15)
 MOST_STEPS = tl.constexpr(2)  # radius codes tried on each side of the nearest
 LEVEL_UNIT = tl.constexpr(2.0**-9)  # in which float16 operands hold hot levels
-SCALES = tl.constexpr(8)  # float16 numbers in the header
 UNIT_OF_SPREAD = tl.constexpr(2.0 ** (1 / 3) / 7.0)  # codec.pages: HEADROOM / LARGEST_RADIUS
 
 
@@ -166,7 +165,8 @@ def reencode_slices(
     SIDE: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, H: tl.constexpr, HOT_BITS: tl.constexpr,
     OT: tl.constexpr, OD: tl.constexpr, OB: tl.constexpr,
-    NT: tl.constexpr, ND: tl.constexpr, NB: tl.constexpr, SIZE: tl.constexpr,
+    NT: tl.constexpr, ND: tl.constexpr, NB: tl.constexpr, OLD_SCALES: tl.constexpr,
+    NEW_SCALES: tl.constexpr, SIZE: tl.constexpr,
     STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Slices of pages [first_page, first_page + num_pages) of one side, coded anew into scratch.
@@ -211,7 +211,7 @@ def reencode_slices(
         else:
             scales = (old + D).to(tl.pointer_type(tl.float16), bitcast=True)
             unit = tl.load(scales).to(tl.float32)
-            words = tl.load(scales + SCALES + t).to(tl.int16, bitcast=True).to(tl.int32)
+            words = tl.load(scales + OLD_SCALES + t).to(tl.int16, bitcast=True).to(tl.int32)
             for b in tl.static_range(len(NB)):
                 codes = banded_codes(old, t, channel, inside, b, OT, OD)
                 radii = radius_of((words >> (4 * b)) & 15) * (unit * OB[b][1])
@@ -273,7 +273,7 @@ def reencode_slices(
                 found = rounded(centred[b], inverse, NB[b][0], PTX).to(tl.int32, bitcast=True)
                 codes = codes + (found,)
             else:
-                codes = codes + (None,)
+                codes = codes + (words,)  # of no band that is stored
         for k in tl.static_range(len(NT)):
             rows = tl.zeros([PAGE, PADDED], tl.int32)
             for j in tl.static_range(len(ND)):
@@ -287,10 +287,10 @@ def reencode_slices(
                 at = target + (NT[k][0] + t[:, None] * WIDTH + channel[None, :])
                 tl.store(at, rows.to(tl.uint8), mask=inside[None, :])
         scales = (target + D).to(tl.pointer_type(tl.float16), bitcast=True)
-        place = tl.arange(0, SCALES)
+        place = tl.arange(0, NEW_SCALES)
         header = tl.where(place == 0, unit, tl.where(place == 1, length, 0.0))
         tl.store(scales + place, header.to(tl.float16))
-        halves = (target + D + 2 * SCALES).to(tl.pointer_type(tl.int16), bitcast=True)
+        halves = (target + D + 2 * NEW_SCALES).to(tl.pointer_type(tl.int16), bitcast=True)
         tl.store(halves + t, words.to(tl.int16))
         END: tl.constexpr = NT[len(NT) - 1][0] + NT[len(NT) - 1][1] * PAGE
         if END != SIZE:

@@ -142,6 +142,8 @@ def kernel_constants(old: SliceLayout, new: SliceLayout) -> dict[str, Any]:
         "WIDTH": new.band_width,
         "PADDED": max(16, int(triton.next_power_of_2(new.band_width))),
         "HOT_BITS": 0 if old.calibrated else old.pattern.bits[0],
+        "OLD_SCALES": old.scales,
+        "NEW_SCALES": new.scales,
         "SIZE": new.size_bytes,
     }
     for name, layout in (("O", old), ("N", new)):
