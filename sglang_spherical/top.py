@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 TIMEOUT_SECONDS = 10.0
+KEYS = ("tier", "from_tier", "to_tier", "trigger")
 BAR_CELLS = 32
 COLOURS = ("red", "dark_orange", "yellow3", "green3", "cyan", "blue", "magenta", "white")
 """Of the tiers, finest first; the last one is also that of free memory."""
@@ -99,11 +100,13 @@ def parse(text: str, url: str = "") -> Snapshot:
     from prometheus_client.parser import text_string_to_metric_families
 
     sums: dict[str, dict[tuple[str, ...], float]] = defaultdict(lambda: defaultdict(float))
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            labels = sample.labels
-            names = ("tier", "from_tier", "to_tier", "trigger")
-            sums[sample.name][tuple(labels[n] for n in names if n in labels)] += sample.value
+    try:
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                key = tuple(sample.labels[name] for name in KEYS if name in sample.labels)
+                sums[sample.name][key] += sample.value
+    except ValueError as error:
+        raise ValueError(f"--url {url}: no metrics of a server: {error}") from None
     if f"{PREFIX}capacity_tokens" not in sums:
         raise ValueError(
             f"--url {url}: the server there has no spherical cache: "
@@ -139,16 +142,16 @@ def view(url: str, now: Snapshot, before: Snapshot | None) -> Group:
     from rich.console import Group
     from rich.text import Text
 
-    held = sum(now.bytes.values())
     tokens = sum(now.pages.values()) * now.page_size
     used = 1 - now.free_tokens / now.capacity_tokens
-    head = Text.assemble(
-        ("spherical cache ", "bold"),
-        f"{url}   {used:.0%} of {now.capacity_tokens:,.0f} hot-token equivalents in use: "
-        f"{tokens:,.0f} tokens in {_mib(held)}",
+    head = Text.assemble(("spherical cache ", "bold"), url)
+    bar = _bar(now).append(
+        f" {used:.0%} of {now.capacity_tokens:,.0f} hot-token equivalents", "not dim"
     )
-    own = "   ".join(f"{name} {value:,.0f}" for name, value in now.own.items())
-    return Group(head, _bar(now), _tiers(now, before), _moves(now, before), Text(own, "dim"))
+    held = Text(f"{tokens:,.0f} tokens in {sum(now.bytes.values()) / 2**20:,.1f} MiB")
+    own = Text("   ".join(f"{name} {value:,.0f}" for name, value in now.own.items()), "dim")
+    parts = (head, bar, held, "", _tiers(now, before), "", _moves(now, before), "")
+    return Group(*parts, _host_time(now, before), "", own)
 
 
 def _tiers(now: Snapshot, before: Snapshot | None) -> Table:
@@ -171,20 +174,27 @@ def _tiers(now: Snapshot, before: Snapshot | None) -> Table:
 
 
 def _moves(now: Snapshot, before: Snapshot | None) -> Table:
-    """Pages by way, and the host's time."""
+    """Pages re-encoded, by way, and the bytes that took."""
     per = "/s" if before else ""
-    table = _table("retention", f"pages{per}", f"calls{per}", "ms a call", f"MiB moved{per}")
+    table = _table("re-tiered", f"pages{per}", f"MiB moved{per}")
     for key, pages in now.moves.items():
         if pages:
             was = before.moves.get(key, 0) if before else 0
-            table.add_row(f"{key[0]} → {key[1]}", _rate(now, before, pages, was), "", "", "")
+            table.add_row(f"{key[0]} → {key[1]}", _rate(now, before, pages, was), "")
+    counts = sum(now.moves.values()), sum(before.moves.values()) if before else 0
+    moved = now.moved_bytes / 2**20, before.moved_bytes / 2**20 if before else 0
+    table.add_row("all", _rate(now, before, *counts), _rate(now, before, *moved))
+    return table
+
+
+def _host_time(now: Snapshot, before: Snapshot | None) -> Table:
+    """How often the retention was called, and how long the host was busy with it."""
+    per = "/s" if before else ""
+    table = _table("retention at", f"calls{per}", "ms a call")
     for trigger, (calls, seconds) in now.retention.items():
         was_calls, was_seconds = before.retention[trigger] if before else (0.0, 0.0)
         mean = (seconds - was_seconds) / (calls - was_calls) if calls > was_calls else 0.0
-        cells = _rate(now, before, calls, was_calls), f"{1e3 * mean:,.2f}"
-        table.add_row(f"at {trigger}", "", *cells, "")
-    moved, was_moved = now.moved_bytes / 2**20, before.moved_bytes / 2**20 if before else 0.0
-    table.add_row("all", "", "", "", _rate(now, before, moved, was_moved))
+        table.add_row(trigger, _rate(now, before, calls, was_calls), f"{1e3 * mean:,.2f}")
     return table
 
 
@@ -222,7 +232,3 @@ def _bar(now: Snapshot) -> Text:
 
 def _coloured(now: Snapshot) -> list[tuple[str, str]]:
     return [(tier, COLOURS[i % len(COLOURS)]) for i, tier in enumerate(now.pages)]
-
-
-def _mib(count: float) -> str:
-    return f"{count / 2**20:,.1f} MiB"
