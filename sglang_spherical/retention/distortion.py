@@ -32,15 +32,15 @@ MEASURED = {  # by patterns of keys and values
 }
 
 DROPPED = 1.0
-"""Of a page that is not there: it is computed again, without error, and the time is priced at 1 nat,
-several times what the coarsest level costs. So of nodes worth the same none is dropped before all
+"""Of a page that is not there: it is computed again, without error, and that time is priced at 1
+nat, many times what the coarsest level costs. So of nodes worth the same none is dropped before all
 are at the last level, and one that is worth much less goes before the others get there."""
 
 
 def distortions(levels: Sequence[Level]) -> list[float]:
     """Of every level, finest first.
 
-    Pages of all lower levels have been hot before: what hot loses beyond 8 bits is lost to them too.
+    Pages of all lower levels have been hot before: what hot loses beyond 8 bits, they lose too.
     """
     hot, *lower = (MEASURED[level.keys.name, level.values.name] for level in levels)
     lost = hot - MEASURED[FINEST_HOT]

@@ -123,7 +123,7 @@ class NodeTable:
 
     def count_reuse(self, row: int, weight: float) -> None:
         """An independent request came back to a node."""
-        age = np.float64(self.clock - self.counted[row])
+        age = self.clock - self.counted[row]
         self.reuses[row] *= halving(age, HALF_LIFE * len(self))
         self.reuses[row] += weight
         self.counted[row] = self.clock

@@ -8,7 +8,7 @@ read. Only IEEE's own operations are used, so that ranks agree to the last bit o
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Numbers = NDArray[np.float64]
 
@@ -21,14 +21,14 @@ HALF_LIFE = 1.0
 working set that is used evenly, however large, thus keeps even worth."""
 
 
-def halving(age: Numbers, half_life: float) -> Numbers:
+def halving(age: ArrayLike, half_life: float) -> Numbers:
     """2 ** (-age / half_life), drawn straight between whole half-lives."""
-    turns = np.minimum(np.asarray(age) / half_life, 1000.0)
+    turns = np.minimum(np.asarray(age, np.float64) / half_life, 1000.0)
     whole = np.floor(turns)
     return np.ldexp(1.0 - (turns - whole) / 2.0, -whole.astype(np.int32))
 
 
-def worth(reuses: Numbers, age: Numbers, nodes: int) -> Numbers:
+def worth(reuses: Numbers, age: ArrayLike, nodes: int) -> Numbers:
     """Worth of a page of each node [n], in uses to be expected.
 
     reuses  by independent requests, those long ago counting less

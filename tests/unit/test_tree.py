@@ -226,6 +226,7 @@ class Cache:
 
     def check(self) -> None:
         self.check_counts()
+        self.check_table()
         self.check_owners()
         self.check_content()
 
@@ -242,6 +243,27 @@ class Cache:
         own = sum(len(self.request_pages(req)) for req in self.requests) * PAGE
         free = self.allocator.available_size()
         assert free + evictable + protected + own == self.allocator.size
+
+    def check_table(self) -> None:
+        """The policy's columns say what the tree says."""
+        table = self.tree.table
+        rows = []
+        for node, first, _ in self.nodes():
+            row = node.row
+            rows.append(row)
+            assert table.node[row] is node
+            assert table.parent[row] == node.parent.row
+            assert table.first_page[row] == first
+            assert table.locked[row] == bool(node.lock_ref)
+            assert table.sinks[row] == (first == 0)
+            counted = np.bincount(node.levels[table.sinks[row] :], minlength=len(TIERS))
+            assert np.array_equal(table.pages[row], counted)
+            if node.parent is not self.tree.root_node:
+                assert table.used[node.parent.row] >= table.used[row]
+        assert sorted(rows) == np.flatnonzero(table.alive).tolist()
+        assert len(rows) == len(table)
+        live = {id(node) for node, _, _ in self.nodes()}
+        assert all(id(node) in live for node in self.tree.unsettled)
 
     def check_owners(self) -> None:
         owners: list[tuple[torch.Tensor, int]] = [(torch.zeros(1, dtype=torch.int64), 0)]
@@ -471,12 +493,16 @@ def test_only_the_first_page_of_a_prefix_is_a_sink(cache: Cache) -> None:
     """Nodes deeper in the tree have no sinks of their own."""
     cache.serve(pages_of(0, 1, 2, 0))
     cache.serve(pages_of(0, 1, 1, 1))
-    free = cache.allocator.available_size()
-    cache.tree.evict(EvictParams(cache.allocator.size - free - PAGE - 5 * COST[FROZEN]))
-    assert cache.levels(pages_of(0, 1, 2, 0)) == [0] + [FROZEN] * 3
-    assert cache.levels(pages_of(0, 1, 1, 1)) == [0] + [FROZEN] * 3
-    assert cache.tree.evictable_size() == PAGE + 5 * COST[FROZEN]
-    cache.check()
+    leaves = pages_of(0, 1, 2, 0), pages_of(0, 1, 1, 1)
+    known = cache.prefixes()
+    while cache.prefixes() == known:
+        first, second = (cache.levels(leaf) for leaf in leaves)
+        assert cache.tree.evict(EvictParams(1)).num_tokens_evicted >= 1
+        cache.check()
+    for levels in first, second:
+        assert levels[0] == 0
+        assert levels[1] > 0
+        assert levels[2:] == [FROZEN] * 2
 
 
 def test_everything_can_be_evicted_at_once(cache: Cache) -> None:
@@ -653,9 +679,13 @@ class Serving(RuleBasedStateMachine):
         budget=st.sampled_from(["warm", *TIERS]),
         recent=st.sampled_from([0, RECENT]),
         ready=st.sampled_from([True, True, False]),
+        settle_pages=st.sampled_from([256, 256, 2]),
+        high=st.sampled_from([1.0, 1.0, 0.5]),
     )
-    def set_up(self, budget: str, recent: int, ready: bool) -> None:
-        self.cache = Cache(budget=budget, recent=recent)
+    def set_up(self, budget: str, recent: int, ready: bool, settle_pages: int, high: float) -> None:
+        self.cache = Cache(
+            budget=budget, recent=recent, settle_pages=settle_pages, high_watermark=high
+        )
         self.known: set[tuple[str | None, tuple[int, ...]]] = set()
         if ready:
             ready_frames_like_content(self.cache)
@@ -744,13 +774,13 @@ class Serving(RuleBasedStateMachine):
         """
         tree = self.cache.tree
         end_page = max(0, req.filled - tree.recent_tokens) // PAGE
-        settles = req.prefilled and self.cache.pool.frames.ready
+        settles = req.prefilled and self.cache.pool.frames.ready and not tree.unsettled
         for place, (page, level) in enumerate(self.page_levels(req)):
             if place < SINK_PAGES:
                 assert level == 0, "sinks stay hot"
             elif settles and place < end_page and page not in self.read_hot(req):
                 assert level >= tree.budget
-            elif page in locked or page not in cached:
+            elif not tree.unsettled and (page in locked or page not in cached):
                 assert level == locked.get(page, 0)
 
     @precondition(lambda self: any(req.prefilled for req in self.cache.requests))
