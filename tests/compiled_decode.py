@@ -39,8 +39,8 @@ tuning = Tuning(**given["tuning"]) if given["tuning"] else tuning_for(kinds, giv
 constants = kernel_constants(kinds, given["group"], tuning)
 constants |= {"PTX": True, "PDL": given["capability"] >= 90}
 types = {
-    "Arena": "*i8", "Items": "*i32", "Pages": "*i32", "Blocks": "*i32", "Places": "*i32",
-    "Parts": "*i8", "Sums": "*i32", "Units": "*fp32", "Out": "*fp32", "Lse": "*fp32",
+    "signs": "i32", "Arena": "*i8", "Items": "*i32", "Pages": "*i32", "Blocks": "*i32", "Places": "*i32",
+    "Parts": "*i8", "Units": "*fp32", "Out": "*fp32", "Lse": "*fp32",
 } | dict.fromkeys(
     ("max_pages", "blocks_per_page", "block_bytes", "kind_stride", "kv_heads", "stride"), "i32"
 )
@@ -87,8 +87,8 @@ head_dim, group, batch = json.loads(sys.argv[1])
 tile = {"D": head_dim, "DP": max(16, triton.next_power_of_2(head_dim)), "G": group, "PDL": True}
 kernels = (
     (frame_queries, FRAME_WARPS, {
-        "Q": "*bf16", "Dual": "*fp32", "Centre": "*fp32", "Parts": "*i8", "Sums": "*i32",
-        "Units": "*fp32", "Near": "*fp32", "batch": "i32", "kv_heads": "i32", "stride": "i32",
+        "Q": "*bf16", "Dual": "*fp32", "Centre": "*fp32", "Parts": "*i8", "Units": "*fp32",
+        "Near": "*fp32", "batch": "i32", "kv_heads": "i32", "stride": "i32",
         "scale": "fp32",
     }, {"ROWS": query_rows(batch, group, head_dim), "STAGES": FRAME_STAGES}),
     (merge_rows, 8, {

@@ -208,6 +208,15 @@ class Warp:
             x = np.floor(x) if "rmi" in parts else np.trunc(x)
         self.put(a[0], x.astype(DTYPES[target]), active)
 
+    def op_lop3(self, parts: list[str], a: list[str], active: Array) -> None:
+        inputs, table = [self.get(x, "b32") for x in a[1:4]], int(a[4], 0)
+        found = np.zeros(32, np.uint32)
+        for row in range(8):  # of the truth table, where the inputs have its bits
+            if table >> row & 1:
+                bits = [x if row >> (2 - i) & 1 else ~x for i, x in enumerate(inputs)]
+                found |= bits[0] & bits[1] & bits[2]
+        self.put(a[0], found, active)
+
     def op_ld(self, parts: list[str], a: list[str], active: Array) -> None:
         size = np.dtype(DTYPES[parts[-1]]).itemsize
         if parts[1] == "param":

@@ -15,7 +15,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def frame_queries(
-    Q, Dual, Centre, Parts, Sums, Units, Near, batch, kv_heads, stride, scale,
+    Q, Dual, Centre, Parts, Units, Near, batch, kv_heads, stride, scale,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -27,8 +27,8 @@ def frame_queries(
     The rest by set, which are `stride` queries apart: in the hot frame, in the calibrated one by
     bands, in the calibrated one as a whole; [3, batch, kv_heads * G, ...]:
     Parts   int8 [..., 2, D], integers, their high then their low part: 128 * high + low
-    Sums    int32 [..., BANDS], sums of a band's integers; Units float32 [..., BANDS], what an
-            integer of the band stands for, base 2; of the whole query where it has one unit
+    Units   float32 [..., BANDS], what an integer of the band stands for, base 2; the same for all
+            bands where the query has one unit
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -64,13 +64,9 @@ def frame_queries(
         peak = tl.broadcast_to(tl.max(peak, 1)[:, None], [ROWS, BANDS])
     per_unit = tl.where(peak > 0, QUERY_PEAK / peak, 1.0)
     whole = tl.floor(by_band * per_unit[:, :, None] + 0.5).to(tl.int32)
-    total = tl.sum(whole, 2)
-    if of_set != 1:
-        total = tl.broadcast_to(tl.sum(total, 1)[:, None], [ROWS, BANDS])
     of_query = (of_set * stride + query).to(tl.int64)
     at = (of_query * BANDS)[:, None] + tl.arange(0, BANDS)[None, :]
     tl.store(Units + at, 1.0 / per_unit, mask=known[:, None])
-    tl.store(Sums + at, total, mask=known[:, None])
     whole = tl.reshape(whole, [ROWS, DP])
     high = (whole + 64) >> 7
     inside = known[:, None] & real[None, :]

@@ -15,9 +15,11 @@ A kind is described by tuples of constants:
     KT   (first byte, bytes per row, bits of a run or 0) of every tile of the keys
     KD   (tile, band, shift in the byte, bits, place in the operand) of every digit
     KB   (place, what a level exceeds 0 by in code units, step) of every band; step 0 uncoded
-    VT   (first word, words per row) of every tile of the values
-    VP   (band, first channel, words, other part or -1): channels first, first + 2, ... of a band;
-         where its operand holds both codes of a byte, the sum of the other part is to be taken off
+    VT   (first word, words per row, first word of a second tile or -1) of the values' operands: two
+         tiles of 8 words a row lie one below the other
+    VP   (band, first channel, words, other part or -1, first row): channels first, first + 2, ...
+         of a band; where its operand holds both codes of a byte, the sum of the other part is to be
+         taken off
     VD   (tile, part, shift in the word, bits, place in the operand)
     VB   (what a code exceeds its level by, factor that undoes place, 2**-24 and the step)
 """
@@ -34,7 +36,6 @@ from .operands import (
     pair_of,
     take_bytes,
     take_digit,
-    take_half,
     take_runs,
     token_of,
     turn_weights,
@@ -67,37 +68,45 @@ def load_tile(at, inside, WORDS: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def load_query(
-    Parts, Sums, Units, query, real_heads, D: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr,
+    Parts, Units, query, real_heads, D: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr,
     FOLD: tl.constexpr, KB: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Of every band: the query as integers, int8 [K, FOLD * 2 heads]; where its sums start, int32
-    [FOLD * 2 heads]; logits per unit of them, float32 [heads]. Of queries from `query` on.
+    """Of every band: the query as integers, int8 [K, FOLD * 2 heads]; logits per unit of its
+    products, and what they start from, float32 [heads] both. Of queries from `query` on.
 
     FOLD tokens lie side by side in a row, each meets the query in columns of its own."""
     k = tl.arange(0, K)
     g = tl.arange(0, HEADS)
     n = tl.arange(0, FOLD * 2 * HEADS)
     column = n % (2 * HEADS)
-    odd = column % 2 == 1
-    parts, starts, units = (), (), ()
+    parts, units, starts = (), (), ()
     WIDTH: tl.constexpr = D // len(KB)
     for b in tl.static_range(len(KB)):
         at = Parts + (query * 2 + column)[None, :] * D + (b * WIDTH + k % WIDTH)[:, None]
         inside = (k // WIDTH)[:, None] == (n // (2 * HEADS))[None, :]
         inside &= (column // 2 < real_heads)[None, :]
-        parts = parts + (keep(tl.load(at, mask=inside, other=0), PTX),)
-        at = Sums + (query + column // 2) * 4 + b
-        total = tl.load(at, mask=column // 2 < real_heads, other=0).to(tl.float32)
-        offset = tl.floor(total * KB[b][1] + 0.5).to(tl.int32)
-        starts = starts + (tl.where(odd, -(offset & 127), -(offset >> 7)),)
+        part = keep(tl.load(at, mask=inside, other=0), PTX)
         unit = tl.load(Units + (query + g) * 4 + b, mask=g < real_heads, other=0.0)
-        units = units + (unit * (KB[b][2] * 2.0 ** -KB[b][0]),)
-    return parts, starts, units
+        unit *= KB[b][2] * 2.0 ** -KB[b][0]
+        parts = parts + (part,)
+        units = units + (unit,)
+        starts = starts + (sum_query(part, FOLD) * unit * -KB[b][1],)
+    return parts, units, starts
+
+
+@triton.jit
+def sum_query(part, FOLD: tl.constexpr):
+    """The sums of the queries' integers, float32 [heads].
+
+    A product, as in the loop: with two uses the compiler brings the query into an operand's layout
+    once, and not in every iteration."""
+    ones = tl.full([16, part.shape[0]], 1, tl.int8)
+    return tl.max(join_parts(tl.dot(ones, part, out_dtype=tl.int32), FOLD), 0)
 
 
 @triton.jit
 def load_whole_query(
-    Parts, Sums, Units, query, real_heads, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr,
+    Parts, Units, query, real_heads, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr,
     PTX: tl.constexpr,
 ):  # fmt: skip
     """The query for centroids: int8 [DP, 2 heads], what its half steps add, and its unit, float32
@@ -108,14 +117,13 @@ def load_whole_query(
     at = Parts + (query * 2 + column)[None, :] * D + d[:, None]
     inside = (d < D)[:, None] & (column // 2 < real_heads)[None, :]
     parts = keep(tl.load(at, mask=inside, other=0), PTX)
-    total = tl.load(Sums + (query + g) * 4, mask=g < real_heads, other=0)
     unit = tl.load(Units + (query + g) * 4, mask=g < real_heads, other=0.0)
-    return parts, total.to(tl.float32) * 0.5, unit
+    return parts, sum_query(parts, 1) * 0.5, unit
 
 
 @triton.jit
 def attend_pages(
-    Arena, Pages, Blocks, places, Parts, Sums, Units, query, stride, target, lse_target,
+    Arena, Pages, Blocks, places, Parts, Units, query, stride, target, lse_target,
     first, end, last_valid, blocks_per_page, block_bytes, real_heads,
     D: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, DP: tl.constexpr,
     KINDS: tl.constexpr, KIND: tl.constexpr, PTX: tl.constexpr,
@@ -134,7 +142,6 @@ def attend_pages(
     VB: tl.constexpr = of_kind(KINDS, KIND, 10)
     STAGES: tl.constexpr = of_kind(KINDS, KIND, 11)
     FOLD: tl.constexpr = of_kind(KINDS, KIND, 12)
-    HALVES: tl.constexpr = of_kind(KINDS, KIND, 13)
     WIDTH: tl.constexpr = D // len(KB)
     COLUMNS: tl.constexpr = 2 * HEADS
     TILES: tl.constexpr = (len(VB) + 1) // 2  # of columns, two bands each
@@ -144,12 +151,11 @@ def attend_pages(
     row = token_of(tl.arange(0, P // FOLD), FOLD)
     k = tl.arange(0, K)
     w = tl.arange(0, W)
-    word = w % (W // 2) if HALVES else w
     d = tl.arange(0, DP)
     pair = tl.arange(0, P // 2)
     slot = (tl.arange(0, 8) % 2)[None, None, :, None]
     query += stride if CALIBRATED else 0
-    q, starts, units = load_query(Parts, Sums, Units, query, real_heads, D, HEADS, K, FOLD, KB, PTX)
+    q, units, starts = load_query(Parts, Units, query, real_heads, D, HEADS, K, FOLD, KB, PTX)
     top = tl.full([HEADS], NONE, tl.float32)
     mass = tl.zeros([HEADS], tl.float32)
     ones = tl.full([16, P], 1.0, tl.float16)
@@ -161,12 +167,13 @@ def attend_pages(
         weight = weight + (tl.zeros([16, COLUMNS], tl.float32),)
     if CALIBRATED:
         whole_q, half_steps, c_unit = load_whole_query(
-            Parts, Sums, Units, query + stride, real_heads, D, DP, HEADS, PTX
+            Parts, Units, query + stride, real_heads, D, DP, HEADS, PTX
         )
-        scaled = ()
+        scaled, scaled_starts = (), ()
         for b in tl.static_range(len(KB)):
             scaled = scaled + (units[b] * ROOT_UNIT,)
-        units = scaled
+            scaled_starts = scaled_starts + (starts[b] * ROOT_UNIT,)
+        units, starts = scaled, scaled_starts
         c_mass = tl.zeros([HEADS], tl.float32)
         centroids = tl.zeros([DP, HEADS], tl.float32)
     else:
@@ -194,10 +201,13 @@ def attend_pages(
             at = keys + (KT[i][0] + token * KT[i][1] + byte[None, :])
             k_tiles = k_tiles + (load_tile(at, (k < WIDTH)[None, :], FOLD * WIDTH, K),)
         for i in tl.static_range(len(VT)):
-            at = value_words + (VT[i][0] + tl.arange(0, P)[None, :] * VT[i][1] + word[:, None])
-            v_tiles = v_tiles + (
-                load_tile(at, (w < VT[i][1])[:, None], VT[i][1] * (2 if HALVES else 1), W),
-            )
+            token = tl.arange(0, P)[None, :] * VT[i][1]
+            if VT[i][2] >= 0:
+                word = w % 8 + w // 8 * (VT[i][2] - VT[i][0])
+                v_tiles = v_tiles + (tl.load(value_words + (VT[i][0] + token + word[:, None])),)
+            else:
+                at = value_words + (VT[i][0] + token + w[:, None])
+                v_tiles = v_tiles + (load_tile(at, (w < VT[i][1])[:, None], VT[i][1], W),)
         k_words = tl.load(keys.to(tl.pointer_type(tl.int16), bitcast=True) + RADII + t)
         v_radii = tl.load(values.to(tl.pointer_type(tl.int32), bitcast=True) + RADII // 2 + pair)
         if CALIBRATED:
@@ -206,9 +216,16 @@ def attend_pages(
             k_half, k_centroid_half = pair_of(k_scales)
             v_half, v_centroid_half = pair_of(v_scales)
             v_unit = v_half.to(tl.float32)
-            k_codes = load_tile(keys + d, d < D, D, DP)
-            v_codes = load_tile(values + d, d < D, D, DP)
-            k_codes = tl.broadcast_to(k_codes[None, :], [16, DP])
+            if DP >= 128:
+                k_codes = load_tile(keys + d, d < D, D, DP)
+                v_codes = load_tile(values + d, d < D, D, DP)
+                k_codes = tl.broadcast_to(k_codes[None, :], [16, DP])
+                v_codes = tl.broadcast_to(v_codes[:, None], [DP, HEADS])
+            else:  # fewer than four bytes a lane would not be copied asynchronously: repeat them
+                at = keys + tl.broadcast_to(d[None, :], [16, DP])
+                k_codes = load_tile(at, (d < D)[None, :], D, DP)
+                at = values + tl.broadcast_to(d[:, None], [DP, HEADS])
+                v_codes = load_tile(at, (d < D)[:, None], D, DP)
             near = tl.dot(take_bytes(k_codes, 0, 8, 0, PTX), whole_q, out_dtype=tl.int32)
             near = join_parts(near, 1)
             by = c_unit * k_centroid_half.to(tl.float32)
@@ -227,19 +244,21 @@ def attend_pages(
         logits = tl.zeros([P, HEADS], tl.float32)
         for b in tl.static_range(len(KB)):
             if KB[b][2] > 0:
-                dots = tl.broadcast_to(starts[b][None, :], [P // FOLD, FOLD * COLUMNS])
+                dots = tl.zeros([P // FOLD, FOLD * COLUMNS], tl.int32)
                 for i in tl.static_range(len(KD)):
                     if KD[i][1] == b:
                         tile = k_tiles[KD[i][0]]
                         if KT[KD[i][0]][2]:
                             shift = (k % WIDTH // KT[KD[i][0]][1] * KT[KD[i][0]][2])[None, :]
-                            even: tl.constexpr = KT[KD[i][0]][1] % 4 == 0
-                            codes = take_runs(tile, shift, KD[i][3], PTX and even)
+                            codes = take_runs(
+                                tile, shift, KD[i][3], PTX and KT[KD[i][0]][1] % 4 == 0
+                            )
                         else:
                             codes = take_bytes(tile, KD[i][2], KD[i][3], KD[i][4], PTX)
                         dots = tl.dot(codes, q[b], dots, out_dtype=tl.int32)
                 radii = key_radius(k_words, b, CALIBRATED)
-                logits += join_parts(dots, FOLD) * units[b][None, :] * radii[:, None]
+                level = join_parts(dots, FOLD) * units[b][None, :] + starts[b][None, :]
+                logits += level * radii[:, None]
         if not CALIBRATED:
             logits = tl.where(valid[:, None], logits, -float("inf"))
         blocks = tl.reshape(logits, [P // 16, 16, HEADS])
@@ -272,7 +291,7 @@ def attend_pages(
             share = page_mass * v_centroid_half.to(tl.float32)
             c_mass += share
             codes = (v_codes.to(tl.int32) & 0xFF).to(tl.float32)
-            centroids += codes[:, None] * share[None, :]
+            centroids += codes * share[None, :]
             pairs = turn_weights(p * (v_unit * per_unit * 2.0**P_SHIFT), PTX)
         else:
             pairs = turn_weights(p * 2.0**P_SHIFT, PTX)
@@ -290,12 +309,7 @@ def attend_pages(
             sums = out[i]
             for j in tl.static_range(len(VD)):
                 if VD[j][1] == i:
-                    tile = v_tiles[VD[j][0]]
-                    if HALVES:
-                        shift = (w // (W // 2) * 8 + (VD[j][2] - VD[j][4]))[:, None]
-                        codes = take_half(tile, shift, VD[j][3], VD[j][4], PTX)
-                    else:
-                        codes = take_digit(tile, VD[j][2], VD[j][3], VD[j][4], PTX)
+                    codes = take_digit(v_tiles[VD[j][0]], VD[j][2], VD[j][3], VD[j][4], PTX)
                     sums = tl.dot(codes, weights[VP[i][0] // 2], sums)
             new_out = new_out + (sums,)
         out, weight = new_out, new_weight
@@ -315,8 +329,9 @@ def attend_pages(
         sums = out[i] - (out[VP[i][3]] if VP[i][3] >= 0 else 0.0)
         sums = (sums - offset[None, :]) * (by_column * VB[VP[i][0]][1])[None, :]
         mine = (column // 2 < real_heads) & (column % 2 == VP[i][0] % 2)
-        inside = (word < VP[i][2])[:, None] & mine[None, :]
-        channel = VP[i][1] + 2 * word + (w // (W // 2) if HALVES else 0)
+        word = w - VP[i][4]
+        inside = ((word >= 0) & (word < VP[i][2]))[:, None] & mine[None, :]
+        channel = VP[i][1] + 2 * word
         at = target + (column // 2 * D)[None, :] + channel[:, None]
         if CALIBRATED:
             sums += tl.load(at, mask=inside, other=0.0)
@@ -327,19 +342,20 @@ def attend_pages(
 
 @triton.jit
 def decode_pages(
-    Arena, Items, Pages, Blocks, Places, Parts, Sums, Units, Out, Lse, max_pages,
+    signs, Arena, Items, Pages, Blocks, Places, Parts, Units, Out, Lse, max_pages,
     blocks_per_page, block_bytes, kind_stride, kv_heads, stride,
     D: tl.constexpr, P: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, DP: tl.constexpr,
     KINDS: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attention of one item of one KV head, at most HEADS query heads of it, by every program.
 
+    signs   operands.SIGNS, which `take_bytes` reads
     Arena   int8, the whole arena; Blocks int32 [pages, blocks_per_page], blocks of block_bytes
     Items   int32 [items, 4]: kind << 16 | request, first, end, valid tokens of the last page
     Pages   int32 [requests, max_pages], pages of each request in order of kind
     Places  int32 [kinds, kv_heads, 2, 2], block of the page and byte offset of keys and values;
             a kind's are kind_stride apart
-    Parts, Sums, Units  queries as `frame_queries` leaves them, sets `stride` queries apart
+    Parts, Units  queries as `frame_queries` leaves them, sets `stride` queries apart
     Out     float32 [items, kv_heads, G, D] in the value frame; Lse [items, kv_heads, G], base 2
     """
     head = tl.program_id(0)
@@ -364,7 +380,7 @@ def decode_pages(
         if kind == i:
             attend_pages(
                 Arena, Pages + request * max_pages, Blocks, places,
-                Parts, Sums, Units, query, stride, Out + at * D, Lse + at,
+                Parts, Units, query, stride, Out + at * D, Lse + at,
                 first, end, last_valid, blocks_per_page, block_bytes, G - first_head,
                 D, P, HEADS, DP, KINDS, i, PTX,
             )  # fmt: skip

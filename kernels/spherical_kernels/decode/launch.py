@@ -22,6 +22,7 @@ from ..codec.slices import SliceLayout, Tile
 from ..plan.launch import PlanTables
 from .ends import frame_queries, merge_rows
 from .kernel import decode_pages
+from .operands import SIGNS
 
 FRAMES = (FrameKind.HOT, FrameKind.CALIBRATED)
 """Order of the frames in every table."""
@@ -86,7 +87,6 @@ class DecodeWorkspace:
     """What a run writes between its launches, for any layer.
 
     parts        int8 [SETS, max_batch, heads, 2, d], queries in the key frames as integers
-    sums         int32 [SETS, max_batch, heads, BANDS], of a band's integers
     units        float32 [SETS, max_batch, heads, BANDS], what an integer stands for
     near         float32 [max_batch, heads], q . centre
     partial      float32 [max_items, heads, d], in the value frames
@@ -94,7 +94,6 @@ class DecodeWorkspace:
     """
 
     parts: torch.Tensor
-    sums: torch.Tensor
     units: torch.Tensor
     near: torch.Tensor
     partial: torch.Tensor
@@ -111,7 +110,6 @@ class DecodeWorkspace:
 
         return cls(
             table(SETS, max_batch, heads, 2, head_dim, dtype=torch.int8),
-            table(SETS, max_batch, heads, BANDS, dtype=torch.int32),
             table(SETS, max_batch, heads, BANDS), table(max_batch, heads),
             table(max_items, heads, head_dim), table(max_items, heads),
         )  # fmt: skip
@@ -169,7 +167,7 @@ def run_decode(
     width = max(16, _power_of_two(d))
     tile: dict[str, Any] = {"D": d, "DP": width, "G": group}
     rows = query_rows(batch, group, d)
-    queries = workspace.parts, workspace.sums, workspace.units
+    queries = workspace.parts, workspace.units
     frame_queries[(-(-batch * group // rows) * kv_heads, SETS)](
         q, frames.key_duals, frames.key_centre, *queries, workspace.near, batch, kv_heads,
         max_batch * heads, scale * LOG2_E, **tile, ROWS=rows, STAGES=FRAME_STAGES, PDL=pdl,
@@ -178,7 +176,8 @@ def run_decode(
     max_items, max_pages = len(tables.items), tables.pages.shape[1]
     options = {"launch_pdl": True} if pdl else {}
     decode_pages[(kv_heads, max_items, -(-group // MOST_HEADS))](
-        pages.arena.view(torch.int8), tables.items, tables.pages, pages.page_blocks, pages.places,
+        SIGNS, pages.arena.view(torch.int8), tables.items, tables.pages, pages.page_blocks,
+        pages.places,
         *queries, workspace.partial, workspace.partial_lse, max_pages,
         pages.page_blocks.shape[1], pages.block_bytes, pages.places.stride(0), kv_heads,
         max_batch * heads, **kernel_constants(kinds, group, tuning), PTX=pdl, PDL=pdl,
@@ -233,18 +232,18 @@ def kernel_constants(kinds: tuple[Kind, ...], group: int, tuning: Tuning) -> dic
 
 
 def _constants(keys: SliceLayout, values: SliceLayout, tuning: Tuning) -> tuple[Any, ...]:
-    value_tiles = tuple((tile.offset_bytes // 2, tile.row_bytes // 2) for tile in values.tiles)
+    stacked = all(tile.row_bytes == 16 for tile in values.tiles)
+    value_tiles = _value_operands(values, stacked)
     key_row = max(32, _power_of_two(keys.band_width))
-    value_row = max(16, _power_of_two(max(words for _, words in value_tiles)))
-    halves = all(words == 8 for _, words in value_tiles)
+    value_row = max(16, _power_of_two(max(words for _, words, _ in value_tiles)))
     # what a page takes in shared memory: padded tiles, radii, centroids
     page = keys.page_size * (len(keys.tiles) * key_row + len(value_tiles) * 2 * value_row + 4)
-    page += 2 * _power_of_two(keys.head_dim) + 64
+    page += (2 if keys.head_dim > 64 else 16 + 8) * _power_of_two(keys.head_dim) + 64
     room = SHARED_BYTES // tuning.programs - RESERVED_BYTES
     return (
         keys.calibrated, keys.radii_offset_bytes // 2, key_row, value_row, *_key_tables(keys),
-        value_tiles, *_value_tables(values, halves), min(tuning.stages, max(2, 1 + room // page)),
-        2 if keys.band_width == 16 else 1, halves,
+        value_tiles, *_value_tables(values, stacked), min(tuning.stages, max(2, 1 + room // page)),
+        2 if keys.band_width == 16 else 1,
     )  # fmt: skip
 
 
@@ -267,25 +266,35 @@ def _key_tables(layout: SliceLayout) -> tuple[Any, ...]:
     return tuple(tiles), tuple(digits), tuple(bands)
 
 
-def _value_tables(layout: SliceLayout, halves: bool) -> tuple[Any, ...]:
-    """VP, VD and VB as kernel.py describes them; `halves`: a part holds both."""
+def _value_operands(layout: SliceLayout, stacked: bool) -> tuple[tuple[int, int, int], ...]:
+    """VT as kernel.py describes it."""
+    firsts = [tile.offset_bytes // 2 for tile in layout.tiles]
+    if stacked:
+        seconds = [*firsts[1::2], -1]
+        return tuple((first, 8, second) for first, second in zip(firsts[::2], seconds))
+    return tuple((first, tile.row_bytes // 2, -1) for first, tile in zip(firsts, layout.tiles))
+
+
+def _value_tables(layout: SliceLayout, stacked: bool) -> tuple[Any, ...]:
+    """VP, VD and VB as kernel.py describes them."""
     places = _places(layout, _OPERAND_BITS)
-    parts: list[tuple[int, int, int]] = []
+    parts: list[tuple[int, int, int, int]] = []
     less: dict[int, int] = {}
     digits = []
     for index, tile in enumerate(layout.tiles):
         whole = _is_whole(layout, tile)
+        index, row = (index // 2, index % 2 * 8) if stacked else (index, 0)
         for digit in tile.digits:
             for run in range(tile.runs):
-                for half in (0,) if halves else (0, 1):
+                for half in (0, 1):
                     first = digit.band * layout.band_width + run * tile.row_bytes + half
-                    part = digit.band, first, tile.row_bytes // 2
+                    part = digit.band, first, tile.row_bytes // 2, row
                     if part not in parts:
                         parts.append(part)
                     shift = digit.byte_shift + run * digit.bits + 8 * half
                     place = places[digit.band] + digit.code_shift
                     if whole and digit.byte_shift:
-                        less[len(parts) - 1] = len(parts) + (0 if halves else 1)
+                        less[len(parts) - 1] = len(parts) + 1
                         digits.append((index, len(parts) - 1, 8 * half, 8, 0))
                     else:
                         digits.append((index, parts.index(part), shift, digit.bits, place))
@@ -293,7 +302,7 @@ def _value_tables(layout: SliceLayout, halves: bool) -> tuple[Any, ...]:
     for band, bits in enumerate(layout.pattern.bits):
         unit = 2.0 ** (places.get(band, 0) - 24)
         bands.append(((2**bits - 1) / 2 * unit, _step(layout, bits) / unit if bits else 0.0))
-    with_less = tuple((*part, less.get(i, -1)) for i, part in enumerate(parts))
+    with_less = tuple((*part[:3], less.get(i, -1), part[3]) for i, part in enumerate(parts))
     return with_less, tuple(digits), tuple(bands)
 
 

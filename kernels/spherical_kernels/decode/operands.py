@@ -9,15 +9,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+SIGNS = 0x80808080 - (1 << 32)
+"""The sign bits of four bytes, as an int32."""
+
 
 @triton.constexpr_function
 def byte_asm(shift, bits, place):
-    """PTX that takes a digit out of four bytes at once; the top one as a signed number."""
+    """PTX that takes a digit out of four bytes at once; the top one as a signed number.
+
+    AND and XOR are one instruction where one constant comes in a register: the kernel's first
+    argument, which is SIGNS. (As an operand of this assembly it would be a tensor, whose layout the
+    compiler changes through shared memory.)"""
     mask = (((1 << bits) - 1) << place) * 0x01010101
     move = "mov.b32" if shift == place else "shr.u32" if shift > place else "shl.b32"
     by = f", {abs(shift - place)}" if shift != place else ""
-    flip = f"xor.b32 $0, t, {0x80808080};" if place + bits == 8 else "mov.b32 $0, t;"
-    return f"{{ .reg .b32 t; {move} t, $1{by}; and.b32 t, t, {mask}; {flip} }}"
+    take = f"and.b32 $0, t, {mask};"
+    if place + bits == 8:
+        take = f"ld.param.b32 s, [decode_pages_param_0]; lop3.b32 $0, t, {mask}, s, 0x6A;"
+    return f"{{ .reg .b32 t, s; {move} t, $1{by}; {take} }}"
 
 
 @triton.jit
@@ -74,23 +83,6 @@ def take_digit(
         asm: tl.constexpr = digit_asm(SHIFT, BITS, PLACE)
         return tl.inline_asm_elementwise(asm, "=r,r", [words], tl.float16, True, 2)
     digit = (((words.to(tl.int32) & 0xFFFF) >> SHIFT) & ((1 << BITS) - 1)) << PLACE
-    return digit.to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.constexpr_function
-def half_asm(bits, place):
-    mask = (((1 << bits) - 1) << place) * 0x10001
-    return f"{{ .reg .b32 t; shr.u32 t, $1, $2; and.b32 $0, t, {mask}; }}"
-
-
-@triton.jit
-def take_half(words, shift, BITS: tl.constexpr, PLACE: tl.constexpr, PTX: tl.constexpr):
-    """int16 words and how far their digit lies above PLACE -> as `take_digit`."""
-    if PTX:
-        asm: tl.constexpr = half_asm(BITS, PLACE)
-        shift = tl.broadcast_to(shift, words.shape)
-        return tl.inline_asm_elementwise(asm, "=r,r,r,r", [words, shift], tl.float16, True, 2)
-    digit = ((words.to(tl.int32) & 0xFFFF) >> shift) & (((1 << BITS) - 1) << PLACE)
     return digit.to(tl.int16).to(tl.float16, bitcast=True)
 
 

@@ -16,6 +16,8 @@ from .tables import ExtendTables
 LOG2_E = 1.4426950408889634
 _WORKSPACE_BYTES = 256 << 20
 _BLOCK = 64  # new tokens read at once
+FLASHINFER_DTYPES = (torch.float16, torch.bfloat16)
+FLASHINFER_HEAD_DIMS = (64, 128, 256)
 
 
 class NewTokens:
@@ -34,11 +36,13 @@ class NewTokens:
         dtype: torch.dtype,
         flashinfer: bool | None = None,
     ) -> None:
-        """flashinfer: None takes it where it is installed and the tables lie on a GPU."""
+        """flashinfer: None takes it where it is installed, has kernels for the operands, and the
+        tables lie on a GPU."""
         self.tables, self.kv_heads, self.scale = tables, kv_heads, scale
         device = tables.requests.device
         if flashinfer is None:
-            flashinfer = device.type == "cuda" and _flashinfer() is not None
+            known = dtype in FLASHINFER_DTYPES and head_dim in FLASHINFER_HEAD_DIMS
+            flashinfer = known and device.type == "cuda" and _flashinfer() is not None
         self.wrapper = _wrapper(device) if flashinfer else None
         if self.wrapper is not None:
             starts = torch.tensor((0, *tables.lengths)).cumsum(0).int()
