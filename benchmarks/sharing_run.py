@@ -113,7 +113,8 @@ async def ask_all(
     async with aiohttp.ClientSession(**settings) as session:
 
         async def one(number: int) -> Served:
-            async with gate, locks[work.order[number]]:
+            turn = locks[work.order[number]] if work.shape.turns else nullcontext()
+            async with gate, turn:
                 prompt = work.prompt(number)
                 wanted = tops if number in scored else 0
                 served = await ask(session, url, prompt, work.shape.answer, wanted)
@@ -163,7 +164,7 @@ def run_cell(server: Server, name: str, work: Workload, args: argparse.Namespace
         started = time.perf_counter()
         served = run(range(first, first + count))
         seconds = time.perf_counter() - started
-    row = figures(warm, served, seconds, page_size(server.url))
+    row = figures(warm, served, seconds, server_info(server.url)["page_size"])
     if before is not None:
         now = top.read(server.url)
         spent = sum(s for _, s in now.retention.values())
@@ -172,11 +173,11 @@ def run_cell(server: Server, name: str, work: Workload, args: argparse.Namespace
     return Cell(row, [s for s in served if s.tops], samples)
 
 
-def page_size(url: str) -> int:
-    """Tokens of a page, as a server has it in the end."""
+def server_info(url: str) -> dict[str, Any]:
+    """A server's arguments, as it has them in the end."""
     reply = requests.get(f"{url}/server_info", timeout=TIMEOUT_SECONDS)
     reply.raise_for_status()
-    return int(reply.json()["page_size"])
+    return reply.json()
 
 
 def figures(warm: list[Served], served: list[Served], seconds: float, page_tokens: int) -> Row:
@@ -257,6 +258,7 @@ def serve(name: str, shape: Shape, text: list[int] | None, args: argparse.Namesp
     """All cells of a server."""
     cells = []
     with launch(args.model, args=flags(name, args)) as server:
+        args.prefill_tokens = server_info(server.url)["chunked_prefill_size"]
         if name == "spherical" and server.banner() is None:
             raise ServerFailed("the log lacks the line `spherical KV engaged:`: not measured")
         for workload in args.workloads:
@@ -344,7 +346,7 @@ def command() -> str:
 
 def settings(shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
     """What `simulate.py` needs to see the same trace."""
-    kept = ("pool_tokens", "at_once", "least_requests", "seed", "scored", "top")
+    kept = ("pool_tokens", "at_once", "prefill_tokens", "least_requests", "seed", "scored", "top")
     return {"shape": vars(shape), "text": args.text is not None} | {
         key: getattr(args, key) for key in kept
     }

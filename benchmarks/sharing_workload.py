@@ -144,8 +144,8 @@ class Limitless:
         self.tree = RadixCache.create_simulated(page_size=page_size)
 
     def serve(self, prompt: list[int], answer: list[int]) -> int:
-        """The hit of a request; afterwards its tokens are known, but for the last one's."""
+        """The hit of a request, whose tokens and answer are known afterwards."""
         key = RadixKey(array("q", prompt[:-1]), None)  # a server computes at least one token
         hit = len(self.tree.match_prefix(MatchPrefixParams(key=key)).device_indices)
-        self.tree.insert(InsertParams(key=RadixKey(array("q", [*prompt, *answer[:-1]]), None)))
+        self.tree.insert(InsertParams(key=RadixKey(array("q", [*prompt, *answer]), None)))
         return hit

@@ -5,12 +5,13 @@ usage: python benchmarks/simulate.py [--model DIR] [--shape prefix|turns] [--poo
        python benchmarks/simulate.py --against RESULT.json [--json OUT]
 
 Runs the product's own tree, policy and page layout over an allocator that only counts, and SGLang's
-LRU tree with the same bytes of bf16 beside it. Requests start, hold their prefix, and finish as the
-scheduler has them do, `--at-once` at a time; evictions ask for what SGLang asks for. Not simulated:
-time, chunks of long prompts, retraction. Without --model the geometry is Llama-3.1-8B's.
+LRU tree with the same bytes of bf16 beside it. Clients come in waves of `--at-once`, as those of a
+closed loop do once their answers have the same length: a wave is prefilled in batches of
+`--prefill-tokens`, holds its prefixes, and finishes together; evictions ask for what SGLang's
+scheduler asks for. Not simulated: time, retraction. Without --model the geometry is Llama-3.1-8B's.
 
---against takes a result of prefix_sharing.py or multi_turn.py, replays the traces of its rows, whose
-seed and lengths it records, and prints both hit rates.
+--against takes a result of prefix_sharing.py or multi_turn.py, replays the traces of its rows,
+whose seed and lengths it records, and prints both hit rates.
 """
 
 from __future__ import annotations
@@ -88,60 +89,86 @@ class CountingAllocator:
 
 
 class Request:
-    """What a tree reads of SGLang's Req."""
+    """What a tree reads of SGLang's Req, and the answer that it will get."""
 
     priority = 0
     extra_key = None
 
-    def __init__(self, prompt: list[int]) -> None:
+    def __init__(self, prompt: list[int], answer: list[int]) -> None:
         self.origin_input_ids = array("q", prompt)
         self.output_ids = array("q")
+        self.answer = answer
         self.filled = len(prompt)
+        self.hit_tokens = 0
 
     def get_fill_ids(self) -> array[int]:
         return (self.origin_input_ids + self.output_ids)[: self.filled]
 
 
 class Simulation:
-    """A tree, and the requests in flight over it."""
+    """A tree, and what SGLang's scheduler does with it.
 
-    def __init__(self, tree: RadixCache, rows: ReqToTokenPool, at_once: int) -> None:
-        self.tree, self.rows, self.at_once = tree, rows, at_once
+    prefill_tokens  of a batch, of which the last request may be a part
+    """
+
+    def __init__(self, tree: RadixCache, rows: ReqToTokenPool, prefill_tokens: int) -> None:
+        self.tree, self.rows, self.prefill_tokens = tree, rows, prefill_tokens
         self.allocator = tree.token_to_kv_pool_allocator
-        self.running: deque[tuple[Request, list[int]]] = deque()
+        self.running: list[Request] = []
 
-    def serve(self, prompt: list[int], answer: list[int]) -> int:
-        """Starts a request, once the oldest of too many has finished; returns its cached tokens."""
-        if len(self.running) == self.at_once:
-            self.finish()
-        req = Request(prompt)
-        match = self.tree.match_prefix(MatchPrefixParams(RadixKey(array("q", prompt[:-1]), None)))
-        req.prefix_indices, req.last_node = match.device_indices, match.last_device_node
-        cached = req.cache_protected_len = len(req.prefix_indices)
-        self.tree.inc_lock_ref(req.last_node)
-        req.req_pool_idx = self.rows.free_slots.pop()
-        while not self._room(len(prompt) - cached + self.allocator.page_size):
+    def wave(self, requests: list[Request]) -> None:
+        """Serves some requests at once; afterwards all have their answers."""
+        waiting = deque(requests)
+        while waiting:
+            self._prefill(waiting)
+        self._finish()
+
+    def _prefill(self, waiting: deque[Request]) -> None:
+        """Takes a batch from those who wait; when nothing fits, lets the running ones finish."""
+        batch, budget, need = [], self.prefill_tokens, 0
+        while waiting and budget > 0:
+            self._lock(waiting[0])
+            new = waiting[0].filled - waiting[0].hit_tokens
+            # SGLang's own estimate: each request may open one more page.
+            if not self._room(need + new + self.allocator.page_size):
+                self.tree.dec_lock_ref(waiting[0].last_node)
+                break
+            need, budget = need + new + self.allocator.page_size, budget - new
+            batch.append(waiting.popleft())
+        if not batch:
             if not self.running:
-                raise ValueError(
-                    f"a prompt of {len(prompt)} tokens does not fit: more --pool-tokens"
-                )
-            self.finish()
-        self.allocator.take(self._pages(len(prompt)) - self._pages(cached))
-        self.tree.cache_unfinished_req(req)
-        self.running.append((req, answer))
-        return cached
+                raise ValueError(f"{waiting[0].filled} tokens do not fit: more --pool-tokens")
+            self._finish()
+        for req in batch:
+            req.req_pool_idx = self.rows.free_slots.pop()
+            self.allocator.take(self._pages(req.filled) - self._pages(req.hit_tokens))
+        for req in batch:
+            self.tree.cache_unfinished_req(req)
+        self.running += batch
 
-    def finish(self) -> None:
-        """The oldest request gets its answer and ends; the last token has no keys."""
-        req, answer = self.running.popleft()
-        req.output_ids.extend(answer)
-        end = len(req.origin_input_ids) + len(answer) - 1
-        pages = self._pages(end) - self._pages(req.filled)
-        self._room(pages * self.allocator.page_size)
-        self.allocator.take(pages)
-        req.filled = end
-        self.tree.cache_finished_req(req, kv_len_to_handle=end)
-        self.rows.free_slots.append(req.req_pool_idx)
+    def _lock(self, req: Request) -> None:
+        """Finds and holds the cached prefix; a server computes at least one token."""
+        key = RadixKey(req.origin_input_ids[:-1], None)
+        match = self.tree.match_prefix(MatchPrefixParams(key=key))
+        req.prefix_indices, req.last_node = match.device_indices, match.last_device_node
+        req.hit_tokens = req.cache_protected_len = len(req.prefix_indices)
+        self.tree.inc_lock_ref(req.last_node)
+
+    def _finish(self) -> None:
+        """All running requests get their answers and end.
+
+        The last token is cached too: the overlap scheduler has run a step more.
+        """
+        for req in self.running:
+            req.output_ids.extend(req.answer)
+            end = req.filled + len(req.answer)
+            pages = self._pages(end) - self._pages(req.filled)
+            self._room(pages * self.allocator.page_size)
+            self.allocator.take(pages)
+            req.filled = end
+            self.tree.cache_finished_req(req, kv_len_to_handle=end)
+            self.rows.free_slots.append(req.req_pool_idx)
+        self.running = []
 
     def _room(self, tokens: int) -> bool:
         short = tokens - self.allocator.available_size()
@@ -164,12 +191,14 @@ def geometry(model: Path | None) -> tuple[int, int, int]:
     )
 
 
-def build(server: str, pool_tokens: int, longest: int, at_once: int, args: argparse.Namespace) -> Simulation:  # fmt: skip
-    """A cache of `pool_tokens` bf16 tokens' bytes for requests of at most `longest` tokens."""
+def build(server: str, longest: int, settings: Row, args: argparse.Namespace) -> Simulation:
+    """A cache for requests of at most `longest` tokens, with the bytes of `pool_tokens` in bf16."""
+    at_once, pool_tokens = settings["at_once"], settings["pool_tokens"]
     rows = ReqToTokenPool(at_once + 1, longest + args.page_size, "cpu", False)
     if server == "bf16":
         allocator = CountingAllocator(pool_tokens, 1, None)
-        return Simulation(RadixCache(CacheInitParams(False, rows, allocator, 1)), rows, at_once)
+        tree = RadixCache(CacheInitParams(False, rows, allocator, 1))
+        return Simulation(tree, rows, settings["prefill_tokens"])
     layers, kv_heads, head_dim = geometry(args.model)
     config = SphericalConfig("spherical")
     layout = PageLayout.fit(args.page_size, head_dim, layers, kv_heads, default_levels(config))
@@ -177,7 +206,7 @@ def build(server: str, pool_tokens: int, longest: int, at_once: int, args: argpa
     size = kv_bytes // layout.hot_bytes_per_token // args.page_size * args.page_size
     allocator = CountingAllocator(size, args.page_size, layout)
     params = CacheInitParams(False, rows, allocator, args.page_size)
-    return Simulation(SphericalRadixCache(params, config), rows, at_once)
+    return Simulation(SphericalRadixCache(params, config), rows, settings["prefill_tokens"])
 
 
 def answers(length: int) -> Iterator[list[int]]:
@@ -188,20 +217,31 @@ def answers(length: int) -> Iterator[list[int]]:
         start += length
 
 
-def simulate(simulation: Simulation, work: Workload) -> Row:
+def waves(work: Workload, at_once: int) -> Iterator[range]:
+    """Numbers of the requests that are in flight together; a turn waits for the one before."""
+    start, order = 0, work.order
+    for number in range(len(order) + 1):
+        full = number - start == at_once or number in (len(work.first), len(order))
+        if full or (work.shape.turns and order[number] in order[start:number]):
+            if number > start:
+                yield range(start, number)
+            start = number
+
+
+def simulate(simulation: Simulation, work: Workload, at_once: int) -> Row:
     """Both passes of a workload: its hit rates, and what the cache holds at the end."""
     limitless = Limitless(1)
     cached = possible = 0
     source = answers(work.shape.answer)
-    for number, answer in zip(tqdm(range(len(work.order)), leave=False), source):
-        prompt = work.prompt(number)
-        hit = simulation.serve(prompt, answer)
-        most = limitless.serve(prompt, answer)
-        work.answered(number, prompt, answer)
-        if number >= len(work.first):
-            cached, possible = cached + hit, possible + most
-    while simulation.running:
-        simulation.finish()
+    for numbers in tqdm(waves(work, at_once), leave=False, unit="wave"):
+        wave = [Request(work.prompt(number), next(source)) for number in numbers]
+        simulation.wave(wave)
+        for number, req in zip(numbers, wave):
+            prompt = req.origin_input_ids.tolist()
+            most = limitless.serve(prompt, req.answer)
+            work.answered(number, prompt, req.answer)
+            if number >= len(work.first):
+                cached, possible = cached + req.hit_tokens, possible + most
     return {"token_hit_rate": cached / possible, "requests": len(work.picks)} | held(simulation)
 
 
@@ -220,16 +260,22 @@ def held(simulation: Simulation) -> Row:
     return {"tokens": dict(counts)}
 
 
-def cell(server: str, workload: str, working_set: float, shape: Shape, settings: Row, args: argparse.Namespace) -> Row:  # fmt: skip
+def cell(
+    server: str,
+    workload: str,
+    working_set: float,
+    shape: Shape,
+    settings: Row,
+    args: argparse.Namespace,
+) -> Row:
     """One row: a workload at a working set on one kind of cache."""
-    pool, at_once = settings["pool_tokens"], settings["at_once"]
     source = Source(None, settings["seed"])
-    tokens = round(working_set * pool)
+    tokens = round(working_set * settings["pool_tokens"])
     work = Workload.build(workload, shape, tokens, settings["least_requests"], source)
     busiest = max(Counter(work.order).values()) if shape.turns else 1
     longest = shape.prefix + busiest * (shape.question + shape.answer)
     started = time.perf_counter()
-    found = simulate(build(server, pool, longest, at_once, args), work)
+    found = simulate(build(server, longest, settings, args), work, settings["at_once"])
     seconds = time.perf_counter() - started
     row = {"server": server, "workload": workload, "working_set": working_set}
     return row | {"groups": len(work.histories)} | found | {"seconds": round(seconds, 1)}
@@ -276,6 +322,7 @@ def main() -> None:
     parser.add_argument("--working-sets", nargs="+", type=float, default=[1.0, 2.0, 4.0, 8.0])
     parser.add_argument("--pool-tokens", type=int, default=100_000, help="of bf16")
     parser.add_argument("--at-once", type=int, default=8)
+    parser.add_argument("--prefill-tokens", type=int, default=8192, help="of a batch")
     parser.add_argument("--least-requests", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)

@@ -1,0 +1,220 @@
+"""The sharing benchmarks and their simulator: traces, hit rates, divergence, memory."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import simulate
+from sharing_report import plot, table
+from sharing_run import Served, divergence, figures
+from sharing_workload import WORKLOADS, Limitless, Shape, Source, Workload, zipf_weights
+
+PREFIX, TURNS = Shape(256, 80, 8), Shape(256, 80, 8, 4)
+ARGS = argparse.Namespace(model=None, page_size=64)
+SETTINGS = {"pool_tokens": 4096, "at_once": 2, "prefill_tokens": 2048, "least_requests": 24,
+            "seed": 0}  # fmt: skip
+
+
+def build(name: str, shape: Shape, tokens: int = 4096, seed: int = 0) -> Workload:
+    return Workload.build(name, shape, tokens, 24, Source(None, seed))
+
+
+# --- workloads -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [PREFIX, TURNS], ids=["prefix", "turns"])
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_seed_makes_one_trace(name: str, shape: Shape) -> None:
+    one, other = build(name, shape), build(name, shape)
+    assert one == other != build(name, shape, seed=1)
+    assert sorted(one.first) == list(range(len(one.histories))), "the first pass asks every group"
+    assert len(one.questions) == len(one.order)
+    assert len(one.picks) >= 24
+
+
+def test_the_text_changes_no_pick() -> None:
+    """The simulator replays a trace without the text that it was measured with."""
+    text = Workload.build("zipf 0.4", TURNS, 4096, 24, Source(list(range(9000)), 0))
+    assert text.order == build("zipf 0.4", TURNS).order
+    starts = {tuple(history[:64]) for history in text.histories}
+    assert len(starts) == len(text.histories), "no two groups begin alike"
+
+
+def test_a_text_too_short_is_refused() -> None:
+    with pytest.raises(ValueError, match="passages of 256 tokens need a longer text"):
+        build_from = Source(list(range(260)), 0)
+        Workload.build("round-robin", PREFIX, 4096, 24, build_from)
+
+
+@pytest.mark.parametrize("alpha", [0.4, 1.0])
+def test_popularity_is_sglangs(alpha: float) -> None:
+    from sglang.benchmark.datasets.generated_shared_prefix import _zipf_group_probs
+
+    mine = np.array(zipf_weights(50, alpha))
+    assert np.allclose(mine / mine.sum(), _zipf_group_probs(50, alpha))
+
+
+def test_round_robin_takes_turns_and_zipf_prefers() -> None:
+    fair = Counter(build("round-robin", PREFIX, 32 * 256).picks)
+    assert set(fair.values()) == {1}
+    skewed = Workload.build("zipf 1.0", PREFIX, 32 * 256, 2000, Source(None, 0))
+    counts = sorted(Counter(skewed.picks).values(), reverse=True)
+    assert counts[0] / 2000 == pytest.approx(1 / sum(1 / r for r in range(1, 33)), rel=0.2)
+
+
+def test_the_working_set_is_what_the_groups_have_in_the_end() -> None:
+    work = build("round-robin", TURNS, 16 * TURNS.group_tokens)
+    for number in range(len(work.order)):
+        work.answered(number, work.prompt(number), [1] * TURNS.answer)
+    assert sum(map(len, work.histories)) == 16 * TURNS.group_tokens
+
+
+def test_only_turns_grow() -> None:
+    work = build("round-robin", PREFIX)
+    before = [list(history) for history in work.histories]
+    work.answered(0, work.prompt(0), [1, 2])
+    assert work.histories == before
+    assert len(work.prompt(0)) == PREFIX.prefix + PREFIX.question
+
+
+# --- hit rates -----------------------------------------------------------------------------------
+
+
+@given(st.lists(st.lists(st.integers(0, 1), min_size=2, max_size=12), min_size=1, max_size=8))
+@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_a_limitless_cache_serves_the_longest_known_prefix(
+    page_size: int, prompts: list[list[int]]
+) -> None:
+    limitless, known = Limitless(page_size), []
+    for prompt in prompts:
+        answer = [7, 8]
+        want = max((common(prompt[:-1], sequence) for sequence in known), default=0)
+        assert limitless.serve(prompt, answer) == want // page_size * page_size
+        whole = [*prompt, *answer]
+        known.append(whole[: len(whole) // page_size * page_size])
+
+
+def common(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def test_figures_are_of_the_measured_pass() -> None:
+    prompts = [list(range(128)), list(range(128))]
+    warm = [Served(prompts[0], [1, 2], 0, 9.0, [])]
+    served = [Served(prompts[1], [1, 2], 64, 0.2, [])]
+    row = figures(warm, served, 4.0, 64)
+    assert row["token_hit_rate"] == 64 / 127 and row["page_hit_rate"] == 1.0
+    assert row["ttft_p50_ms"] == pytest.approx(200) and row["output_tok_s"] == 0.5
+
+
+# --- fidelity ------------------------------------------------------------------------------------
+
+
+def distribution(size: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).dirichlet(np.full(size, 2.0))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_divergence_is_a_lower_bound_that_grows_to_the_whole(seed: int) -> None:
+    p, q = distribution(50, seed), distribution(50, seed + 1000)
+    full = float((p * np.log(p / q)).sum())
+    bounds = []
+    for top in (1, 5, 20, 49):
+        own = {int(i): float(np.log(q[i])) for i in np.argsort(-q)[:top]}
+        kl, mass = divergence(own, {i: float(np.log(p[i])) for i in own})
+        assert mass == pytest.approx(sum(p[i] for i in own))
+        bounds.append(kl)
+    assert all(-1e-9 <= bound <= full + 1e-9 for bound in bounds)
+    assert bounds == sorted(bounds), "more tokens tell more"
+    assert bounds[-1] == pytest.approx(full, rel=1e-6), "one token is not asked for: the rest"
+
+
+def test_equal_servers_do_not_diverge() -> None:
+    own = {3: -0.1, 5: -3.0}
+    kl, mass = divergence(own, dict(own))
+    assert kl == pytest.approx(0, abs=1e-12) and mass < 1
+
+
+def test_certainty_does_not_divide_by_nothing() -> None:
+    kl, _ = divergence({3: 0.0}, {3: -0.5})
+    assert np.isfinite(kl) and kl > 1
+
+
+# --- the simulator -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [PREFIX, TURNS], ids=["prefix", "turns"])
+@pytest.mark.parametrize("server", ["spherical", "bf16"])
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_memory_adds_up(name: str, server: str, shape: Shape) -> None:
+    work = build(name, shape, 5 * 4096)
+    simulation = simulate.build(server, 4096, SETTINGS, ARGS)
+    found = simulate.simulate(simulation, work, SETTINGS["at_once"])
+    tree, allocator = simulation.tree, simulation.allocator
+    assert tree.protected_size() == 0
+    assert allocator.available_size() + tree.evictable_size() == allocator.size
+    assert sum(found["tokens"].values()) == tree.total_size()
+    assert 0 <= found["token_hit_rate"] <= 1
+
+
+def test_what_fits_is_served_and_more_fits_at_lower_precision() -> None:
+    def rate(server: str, working_set: float) -> float:
+        row = simulate.cell(server, "zipf 0.4", working_set, Shape(1024, 80, 8), SETTINGS, ARGS)
+        return row["token_hit_rate"]
+
+    assert rate("bf16", 0.5) == 1.0
+    assert rate("spherical", 2) > 0.95
+    assert rate("spherical", 4) > rate("bf16", 4) + 0.3
+
+
+def test_a_prompt_larger_than_memory_is_refused() -> None:
+    small = SETTINGS | {"pool_tokens": 256}
+    simulation = simulate.build("spherical", 4096, small, ARGS)
+    with pytest.raises(ValueError, match="tokens do not fit: more --pool-tokens"):
+        simulation.wave([simulate.Request(list(range(2000)), [1])])
+
+
+def test_waves_wait_for_turns() -> None:
+    work = build("zipf 1.0", TURNS)
+    seen: list[int] = []
+    for numbers in simulate.waves(work, 4):
+        groups = [work.order[number] for number in numbers]
+        assert 0 < len(groups) <= 4 and len(set(groups)) == len(groups)
+        assert len({number < len(work.first) for number in numbers}) == 1, "passes do not mix"
+        seen += numbers
+    assert seen == list(range(len(work.order)))
+
+
+# --- reports -------------------------------------------------------------------------------------
+
+
+def test_a_report_needs_no_server(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    rows = [
+        {"server": server, "workload": workload, "working_set": size, "kv_bytes": 1 << 20,
+         "token_hit_rate": rng.random(), "ttft_p50_ms": 3.0, "ttft_p99_ms": 5.0,
+         "output_tok_s": 9.0}
+        for server in ("spherical", "bf16") for workload in ("round-robin", "zipf 1.0")
+        for size in (0.5, 4.0)
+    ]  # fmt: skip
+    rows[0]["kl_mean"] = 0.01234
+    samples = [{"seconds": 0.5 * i, "hot": 64.0 * i, "cold": 128.0} for i in range(4)]
+    tiers = [{"workload": "round-robin", "working_set": 4.0, "samples": samples}]
+    found = {"run_id": "r", "settings": SETTINGS, "rows": rows, "tiers": tiers}
+    lines = table(rows).splitlines()
+    assert len(lines) == 2 + 4 and all(line.count("|") == lines[0].count("|") for line in lines)
+    assert "0.0123" in lines[2] and "–" in lines[3]
+    plot(found, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
