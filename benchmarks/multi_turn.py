@@ -1,6 +1,6 @@
 """Conversations that grow turn by turn: whose history is still cached when it is their turn?
 
-usage: python benchmarks/multi_turn.py --model DIR [--text FILE] [--pool-tokens 8192]
+usage: python benchmarks/multi_turn.py [--model DIR] [--text FILE] [--pool-tokens 8192]
        [--servers spherical bf16] [--working-sets 0.5 1 2 4 8] [--json OUT] [--plot OUT.png]
        [-- FLAGS of every server]
 

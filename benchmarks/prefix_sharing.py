@@ -1,6 +1,6 @@
 """Long shared prefixes, short questions: what stays cached when the prefixes outgrow the memory?
 
-usage: python benchmarks/prefix_sharing.py --model DIR [--text FILE] [--pool-tokens 8192]
+usage: python benchmarks/prefix_sharing.py [--model DIR] [--text FILE] [--pool-tokens 8192]
        [--servers spherical bf16] [--working-sets 0.5 1 2 4 8] [--json OUT] [--plot OUT.png]
        [-- FLAGS of every server]
 """

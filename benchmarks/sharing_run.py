@@ -27,6 +27,7 @@ import asyncio
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -40,6 +41,8 @@ import numpy as np
 import requests
 from capacity import dense_bytes_per_token
 from client import TIMEOUT_SECONDS, save
+from serve import COMMON as DUMMY
+from serve import LLAMA_8B
 from sharing_report import plot, table
 from sharing_workload import WORKLOADS, Limitless, Shape, Source, Workload, read_text
 from tqdm import tqdm
@@ -244,7 +247,7 @@ def score(url: str, cells: list[Cell]) -> None:
 
 def flags(name: str, args: argparse.Namespace) -> list[str]:
     """What makes a server of that name, with `args.kv_bytes` of KV memory."""
-    more = ["--enable-metrics", *args.args]
+    more = ["--enable-metrics", *(DUMMY if args.dummy else ()), *args.args]
     if name == "spherical":
         return ["--kv-format", "spherical", "--spherical-kv-bytes", str(args.kv_bytes), *more]
     tokens = args.pool_tokens
@@ -291,7 +294,9 @@ def say(row: Row) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument(
+        "--model", type=Path, help="without: random weights of Llama-3.1-8B's shape"
+    )
     parser.add_argument("--text", type=Path, help="prompts are cut from it; random ids without")
     parser.add_argument("--servers", nargs="+", choices=SERVERS, default=["spherical", "bf16"])
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
@@ -309,12 +314,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(benchmark: str, shape: Shape, args: argparse.Namespace) -> None:
     """The whole benchmark: servers one after the other, then fidelity, JSON, table and plot."""
+    args.dummy = args.model is None
+    if args.dummy and args.text:
+        raise SystemExit("error: --text needs the tokenizer of a --model")
+    args.model_name = "Llama-3.1-8B-shape" if args.dummy else args.model.name
+    with tempfile.TemporaryDirectory() as folder:
+        if args.dummy:
+            args.model = Path(folder)
+            (args.model / "config.json").write_text(json.dumps(LLAMA_8B))
+        measure(benchmark, shape, args)
+
+
+def measure(benchmark: str, shape: Shape, args: argparse.Namespace) -> None:
+    """`run` with a model folder."""
     args.kv_bytes = args.pool_tokens * dense_bytes_per_token(args.model)
     text = read_text(args.model, args.text)
     cells = [cell for name in args.servers for cell in serve(name, shape, text, args)]
     if args.scored:
-        room = 2 * max(len(s.prompt) + len(s.answer) for c in cells for s in c.scored)
-        room = max(room, args.pool_tokens * 4)
+        longest = max(len(s.prompt) + len(s.answer) for c in cells for s in c.scored)
+        room = max(2 * longest, args.pool_tokens)  # it reads one at a time
         reference = flags("bf16", argparse.Namespace(**{**vars(args), "pool_tokens": room}))
         with launch(args.model, args=reference) as server:
             score(server.url, cells)
@@ -326,8 +344,8 @@ def run(benchmark: str, shape: Shape, args: argparse.Namespace) -> None:
     ]
     found = {
         "command": command(),
-        "run_id": f"{benchmark}-{args.model.name}-{time.strftime('%Y%m%d-%H%M%S')}",
-        "model": args.model.name,
+        "run_id": f"{benchmark}-{args.model_name}-{time.strftime('%Y%m%d-%H%M%S')}",
+        "model": args.model_name,
         "settings": settings(shape, args),
         "rows": rows,
         "tiers": tiers,
