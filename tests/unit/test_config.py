@@ -10,7 +10,7 @@ import sys
 import pytest
 from seam_tools import load_plugin, parse, refused, write_model
 
-from sglang_spherical.config import SphericalConfig
+from sglang_spherical.config import TIERS, SphericalConfig
 from spherical_patches import flags
 
 
@@ -42,6 +42,7 @@ def test_all_flags_reach_the_configuration(model, tmp_path):
         *("--model-path", model, "--kv-format", "spherical", "--spherical-hot-bits", "8"),
         *("--spherical-warm-bits", "3", "--spherical-cold-bits", "2", "--spherical-budget", "cold"),
         *("--spherical-watermark", "0.5", "--spherical-frames", str(frames)),
+        *("--spherical-high-watermark", "0.9", "--spherical-settle-pages", "32"),
         *("--spherical-recent-tokens", "128", "--spherical-kv-bytes", "1000000"),
     )
     assert server_args._spherical == SphericalConfig(
@@ -51,6 +52,8 @@ def test_all_flags_reach_the_configuration(model, tmp_path):
         cold_bits=2,
         budget="cold",
         watermark=0.5,
+        high_watermark=0.9,
+        settle_pages=32,
         frames=str(frames),
         recent_tokens=128,
         kv_bytes=1_000_000,
@@ -77,9 +80,11 @@ def test_a_yaml_file_may_set_the_flags(model, tmp_path):
         ("--spherical-hot-bits", "5", "expected one of 4, 8"),
         ("--spherical-warm-bits", "8", "expected one of 3, 4"),
         ("--spherical-cold-bits", "4", "expected one of 2, 3"),
-        ("--spherical-budget", "tepid", "expected one of hot, warm, cold"),
+        ("--spherical-budget", "tepid", "expected one of hot, warm, cool, cold, frozen"),
         ("--spherical-watermark", "2", "expected a fraction"),
         ("--spherical-watermark", "half", "expected a number"),
+        ("--spherical-high-watermark", "1.5", "expected a fraction from --spherical-watermark 0.0"),
+        ("--spherical-settle-pages", "0", "expected 1 or more pages"),
         ("--spherical-recent-tokens", "-1", "expected 0 or more"),
         ("--spherical-kv-bytes", "0", "expected a positive byte count"),
         ("--spherical-kv-bytes", "2G", "expected a whole number"),
@@ -91,6 +96,21 @@ def test_a_wrong_value_is_one_line_with_value_and_remedy(model, capsys, flag, va
     message = refused(capsys, *argv)
     assert message.startswith(f"{flag} {value}")
     assert remedy in message
+
+
+def test_watermarks_must_be_ordered(model, capsys):
+    argv = ["--model-path", model, "--kv-format", "spherical"]
+    message = refused(
+        capsys, *argv, "--spherical-watermark", "0.5", "--spherical-high-watermark", "0.25"
+    )
+    assert message.startswith("--spherical-high-watermark 0.25: expected a fraction from")
+    assert "--spherical-watermark 0.5 to 1" in message
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_every_tier_may_be_the_budget(model, tier):
+    argv = ["--model-path", model, "--kv-format", "spherical", "--spherical-budget", tier]
+    assert parse(*argv)._spherical.budget == tier
 
 
 def test_tiers_must_be_ordered(model, capsys):

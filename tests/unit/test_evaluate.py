@@ -50,7 +50,7 @@ def coder(qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> TierCoder:
     return TierCoder(frames, LEVELS)
 
 
-@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("level", range(len(LEVELS)))
 def test_codes_are_those_of_the_arena(
     coder: TierCoder, qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], level: int
 ) -> None:
@@ -201,6 +201,21 @@ def test_frames_from_a_file_and_the_tiers_asked_for(tiny_model: Path, tmp_path: 
     assert [run["name"] for run in runs] == ["dense", "warm"]
 
 
+@pytest.mark.usefixtures("short_windows")
+def test_pages_go_down_through_the_tiers_named(tiny_model: Path, tmp_path: Path) -> None:
+    found = {}
+    for tiers in ("cold", "cool,cold,frozen"):
+        assert evaluate(tiny_model, tmp_path, "--windows", "1", "--tiers", tiers) == 0
+        runs = json.loads((tmp_path / "out.json").read_text())["runs"]
+        assert [run["name"] for run in runs] == ["dense", *tiers.split(",")]
+        found[tiers] = {run["name"]: run for run in runs}
+    straight, gradual = found.values()
+    assert straight["cold"]["bits_per_value"] == gradual["cold"]["bits_per_value"]
+    assert straight["cold"]["value_error"] < gradual["cold"]["value_error"]
+    assert 0 < gradual["cool"]["kl_mean"] < gradual["cold"]["kl_mean"]
+    assert gradual["cold"]["kl_mean"] < gradual["frozen"]["kl_mean"]
+
+
 def cut(path: Path) -> Path:
     from sglang_spherical.frame_file import FrameStatistics, save
 
@@ -221,7 +236,7 @@ def foreign(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tiers", "hot,tepid"], "--tiers hot,tepid: expected some of hot,warm,cold"),
+        (["--tiers", "hot,tepid"], "--tiers hot,tepid: expected some of hot,warm,cool,cold,frozen"),
         (["--text", "SHORT"], "shorter than a window of 2048"),
         (["--text", "/no/such/text"], "--text /no/such/text: no such file"),
         (["--windows", "500"], "502 are needed, one to calibrate on"),

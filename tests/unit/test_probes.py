@@ -346,7 +346,7 @@ def parsed(model: Path, *more: str) -> argparse.Namespace:
         (("--text", "none.txt"), "--text none.txt: no such file"),
         (("--model", "none"), "--model none: expected a model directory"),
         (("--kinds", "riddle"), "--kinds riddle: expected any of single, multikey, quote, trace"),
-        (("--tiers", "tepid"), "--tiers tepid: expected any of hot, warm, cold"),
+        (("--tiers", "tepid"), "--tiers tepid: expected any of hot, warm, cool, cold, frozen"),
         (("--lengths", "1024"), "--lengths 1024: expected 2048 to 8192 tokens"),
         (("--lengths", "9000"), "--lengths 9000: expected 2048 to 8192 tokens"),
         (("--per-haystack", "17"), "--per-haystack 17: expected 1 to 16, 4 of a kind"),
