@@ -34,7 +34,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParam
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
-from sharing_workload import VOCABULARY, WORKLOADS, Limitless, Shape, Source, Workload
+from sharing_workload import VOCABULARY, WORKLOADS, Shape, Source, Workload
 from tqdm import tqdm
 
 from sglang_spherical.config import SphericalConfig
@@ -230,18 +230,17 @@ def waves(work: Workload, at_once: int) -> Iterator[range]:
 
 def simulate(simulation: Simulation, work: Workload, at_once: int) -> Row:
     """Both passes of a workload: its hit rates, and what the cache holds at the end."""
-    limitless = Limitless(1)
     cached = possible = 0
     source = answers(work.shape.answer)
     for numbers in tqdm(waves(work, at_once), leave=False, unit="wave"):
         wave = [Request(work.prompt(number), next(source)) for number in numbers]
         simulation.wave(wave)
         for number, req in zip(numbers, wave):
-            prompt = req.origin_input_ids.tolist()
-            most = limitless.serve(prompt, req.answer)
-            work.answered(number, prompt, req.answer)
             if number >= len(work.first):
-                cached, possible = cached + req.hit_tokens, possible + most
+                # Random prompts share nothing else, and the first pass has asked every group.
+                possible += len(work.histories[work.order[number]])
+                cached += req.hit_tokens
+            work.answered(number, req.origin_input_ids.tolist(), req.answer)
     return {"token_hit_rate": cached / possible, "requests": len(work.picks)} | held(simulation)
 
 
@@ -274,8 +273,9 @@ def cell(
     work = Workload.build(workload, shape, tokens, settings["least_requests"], source)
     busiest = max(Counter(work.order).values()) if shape.turns else 1
     longest = shape.prefix + busiest * (shape.question + shape.answer)
+    simulation = build(server, longest, settings, args)
     started = time.perf_counter()
-    found = simulate(build(server, longest, settings, args), work, settings["at_once"])
+    found = simulate(simulation, work, settings["at_once"])
     seconds = time.perf_counter() - started
     row = {"server": server, "workload": workload, "working_set": working_set}
     return row | {"groups": len(work.histories)} | found | {"seconds": round(seconds, 1)}

@@ -169,6 +169,20 @@ def test_memory_adds_up(name: str, server: str, shape: Shape) -> None:
     assert 0 <= found["token_hit_rate"] <= 1
 
 
+@pytest.mark.parametrize("shape", [PREFIX, TURNS], ids=["prefix", "turns"])
+def test_the_simulator_divides_by_what_a_limitless_cache_would_serve(shape: Shape) -> None:
+    roomy = SETTINGS | {"pool_tokens": 1 << 17}
+    work, same = build("zipf 1.0", shape), build("zipf 1.0", shape)
+    found = simulate.simulate(simulate.build("bf16", 4096, roomy, ARGS), work, 2)
+    assert found["token_hit_rate"] == 1.0
+    limitless, source = Limitless(1), simulate.answers(shape.answer)
+    for number, answer in zip(range(len(same.order)), source):
+        known = len(same.histories[same.order[number]]) if number >= len(same.first) else 0
+        prompt = same.prompt(number)
+        assert limitless.serve(prompt, answer) == known
+        same.answered(number, prompt, answer)
+
+
 def test_what_fits_is_served_and_more_fits_at_lower_precision() -> None:
     def rate(server: str, working_set: float) -> float:
         row = simulate.cell(server, "zipf 0.4", working_set, Shape(1024, 80, 8), SETTINGS, ARGS)
