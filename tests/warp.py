@@ -150,7 +150,7 @@ class Warp:
     def step(self, op: str, a: list[str], active: Array) -> None:
         parts = op.split(".")
         name, kind = parts[0], parts[-1]
-        if name in ("bar", "griddepcontrol", "fence", "membar"):
+        if name in ("bar", "griddepcontrol", "fence", "membar", "prefetch"):
             return
         method = getattr(self, "op_" + name, None)
         if method is not None:

@@ -50,6 +50,7 @@ SMALLEST_NORMAL = tl.constexpr(113 << 23)  # 2**-14
 ROOT_UNIT = tl.constexpr(2.0**63)  # its square undoes what `key_radius` leaves out
 HALF_RADIUS_UNIT = tl.constexpr(2.0**14)  # undoes what `weights_of` leaves out
 NONE = tl.constexpr(-1e30)  # the maximum of no logits
+FETCHED = tl.constexpr(2)  # pages that are asked for before the queries are there
 
 
 @triton.constexpr_function
@@ -64,6 +65,24 @@ def load_tile(at, inside, WORDS: tl.constexpr, PADDED: tl.constexpr):
     if WORDS == PADDED:
         return tl.load(at)
     return tl.load(at, mask=inside, other=0)
+
+
+@triton.jit
+def fetch_pages(
+    Arena, Pages, Blocks, places, count, blocks_per_page, block_bytes, LINES: tl.constexpr
+):  # fmt: skip
+    """Asks for the first LINES * 128 bytes of the keys and values of the first pages, at most
+    `count`, to be brought into the L2 cache."""
+    i = tl.minimum(tl.arange(0, FETCHED), count - 1)
+    page = tl.load(Pages + i).to(tl.int64)
+    line = tl.arange(0, LINES) * 128
+    for side in tl.static_range(2):
+        block = tl.load(Blocks + page * blocks_per_page + tl.load(places + 2 * side))
+        start = block.to(tl.int64) * block_bytes + tl.load(places + 2 * side + 1)
+        at = (Arena + (start[:, None] + line[None, :])).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], tl.int32, False, 1
+        )
 
 
 @triton.jit
@@ -367,13 +386,18 @@ def decode_pages(
     first = tl.load(Items + item * 4 + 1)
     end = tl.load(Items + item * 4 + 2)
     last_valid = tl.load(Items + item * 4 + 3)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    if first >= end:
-        return
     kind = which >> 16
     request = (which & 0xFFFF).to(tl.int64)
     places = Places + kind.to(tl.int64) * kind_stride + head * 4
+    if PDL:
+        if first < end:  # while queries are still on their way into the frames
+            fetch_pages(
+                Arena, Pages + request * max_pages + first, Blocks, places, end - first,
+                blocks_per_page, block_bytes, DP // 4,
+            )  # fmt: skip
+        tl.extra.cuda.gdc_wait()
+    if first >= end:
+        return
     query = (request * kv_heads + head) * G + first_head
     at = (item.to(tl.int64) * kv_heads + head) * G + first_head
     for i in tl.static_range(len(KINDS)):
