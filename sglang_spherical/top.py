@@ -30,7 +30,7 @@ COLOURS = ("red", "dark_orange", "yellow3", "green3", "cyan", "blue", "magenta",
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a server said at one moment; counts of several ranks are summed.
+    """What a server said at one moment; counts of data-parallel ranks are summed.
 
     pages, bytes, hits, drops  by tier, finest first
     moves                      pages re-encoded, by (from, to) tier
@@ -100,11 +100,15 @@ def parse(text: str, url: str = "") -> Snapshot:
     from prometheus_client.parser import text_string_to_metric_families
 
     sums: dict[str, dict[tuple[str, ...], float]] = defaultdict(lambda: defaultdict(float))
+    ranks: dict[str, set[str | None]] = defaultdict(set)
     try:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                key = tuple(sample.labels[name] for name in KEYS if name in sample.labels)
-                sums[sample.name][key] += sample.value
+                labels = sample.labels
+                if labels.get("tp_rank", "0") == "0":  # the others of a group say the same
+                    key = tuple(labels[name] for name in KEYS if name in labels)
+                    sums[sample.name][key] += sample.value
+                    ranks[sample.name].add(labels.get("dp_rank"))
     except ValueError as error:
         raise ValueError(f"--url {url}: no metrics of a server: {error}") from None
     if f"{PREFIX}capacity_tokens" not in sums:
@@ -123,7 +127,7 @@ def parse(text: str, url: str = "") -> Snapshot:
     own = ("num_running_reqs", "num_queue_reqs", "gen_throughput")
     return Snapshot(
         at_seconds=time.monotonic(),
-        page_size=int(one("sglang:page_size")),
+        page_size=round(one("sglang:page_size") / max(len(ranks["sglang:page_size"]), 1)),
         capacity_tokens=one(f"{PREFIX}capacity_tokens"),
         free_tokens=one(f"{PREFIX}free_tokens"),
         moved_bytes=one(f"{PREFIX}moved_bytes_total"),

@@ -83,6 +83,25 @@ def test_a_snapshot_is_what_the_metrics_say() -> None:
     assert now.moved_bytes == 4 * blocks * LAYOUT.block_bytes
 
 
+def test_data_parallel_ranks_are_summed_and_tensor_parallel_ones_are_not() -> None:
+    text = exposition()
+    more = [line for line in text.splitlines() if line.startswith(("spherical:", "sglang:"))]
+
+    def of_rank(label: str) -> str:
+        return "\n".join(
+            line.replace("{", "{" + label + ",") if "{" in line else
+            line.replace(" ", "{" + label + "} ", 1)
+            for line in more
+        )  # fmt: skip
+
+    one = top.parse(text)
+    two = top.parse("\n".join(of_rank(f'dp_rank="{rank}",tp_rank="0"') for rank in range(2)))
+    assert two.pages == {tier: 2 * pages for tier, pages in one.pages.items()}
+    assert two.page_size == PAGE and two.capacity_tokens == 2 * one.capacity_tokens
+    same = top.parse("\n".join(of_rank(f'tp_rank="{rank}"') for rank in range(2)))
+    assert replace(same, at_seconds=one.at_seconds) == one
+
+
 def test_totals_are_shown_once() -> None:
     shown = screen(top.parse(exposition()))
     table = [line.split() for line in shown.splitlines()]
