@@ -7,6 +7,7 @@ difference, so that free + evictable + protected + request-owned always equals t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -212,8 +213,8 @@ class SphericalRadixCache(RadixCache):
             tails = self._hot_tails()
             while left and self.unsettled:
                 left -= self._settle_first(tails, left)
-        if self._used() > self.high_watermark:
-            surplus = int((self._used() - self.high_watermark) * self.allocator.size)
+        surplus = math.ceil((self._used() - self.high_watermark) * self.allocator.size)
+        if surplus > 0:
             execute(self, self._relieve(surplus, drops=False, most_pages=left))
 
     def _settle_first(self, tails: dict[int, int], most_pages: int) -> int:

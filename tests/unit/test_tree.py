@@ -7,6 +7,7 @@ twice, and every cached token must still say what was written for it.
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,7 +30,8 @@ from sglang_spherical.pool.allocator import SphericalAllocator
 from sglang_spherical.pool.kv_pool import SphericalKVPool
 from sglang_spherical.pool.layout import SIDES, PageLayout, default_levels
 from sglang_spherical.radix.tree import SphericalRadixCache
-from sglang_spherical.retention.operations import SINK_PAGES
+from sglang_spherical.retention.executor import execute
+from sglang_spherical.retention.operations import SINK_PAGES, Lower
 from spherical_kernels.codec.pages import decode_slices
 
 PAGE = 16
@@ -326,6 +328,15 @@ def pages_of(*kinds: int) -> list[int]:
     return [kind * PAGE + i for kind in kinds for i in range(PAGE)]
 
 
+def path_levels(cache: Cache, node: Any) -> list[tuple[int, int]]:
+    """(page id, level) along the cached prefix that ends in a node."""
+    found: list[tuple[int, int]] = []
+    while node is not cache.tree.root_node:
+        found = [*zip(cache.tree.page_ids(node).tolist(), node.levels.tolist()), *found]
+        node = node.parent
+    return found
+
+
 def ready_frames_like_content(cache: Cache, spoil: float | None = None) -> None:
     """Frames see a prompt of the same model; pages already in the cache move to the new centre."""
     pool = cache.pool
@@ -444,6 +455,49 @@ def test_a_split_keeps_every_page_at_its_level(cache: Cache) -> None:
     cache.check()
 
 
+def test_a_split_in_the_middle_of_mixed_levels(cache: Cache) -> None:
+    """Every level in one node, cut where they change; each half is then lowered on its own."""
+    cache = Cache(budget="hot")
+    ready_frames_like_content(cache)
+    cache.serve(pages_of(*LONG))
+    (node, _, _) = next(cache.nodes())
+    mixed = [0, FROZEN, WARM, COLD, COOL, 0, FROZEN, COLD]
+    for level in range(1, len(TIERS)):
+        pages = np.flatnonzero(np.array(mixed) == level)
+        execute(cache.tree, [Lower(node, pages, level)])
+    assert cache.levels(pages_of(*LONG)) == mixed
+    cache.check()
+    req = cache.start([*pages_of(*LONG[:4]), 7])
+    assert cache.levels(pages_of(*LONG)) == mixed
+    assert cache.tree.protected_size() == sum(COST[level] for level in mixed[:4])
+    assert cache.tree.evictable_size() == sum(COST[level] for level in mixed[4:])
+    cache.check()
+    lower_half = sum(COST[level] - COST[FROZEN] for level in mixed[4:])
+    assert cache.tree.evict(EvictParams(lower_half)).num_tokens_evicted == lower_half
+    assert cache.levels(pages_of(*LONG)) == mixed[:4] + [FROZEN] * 4
+    cache.check()
+    cache.finish(req, insert=False)
+    cache.check()
+
+
+def test_pages_are_lowered_while_a_running_request_reads_them(cache: Cache) -> None:
+    """By the budget of a request that ends on them; never by an eviction, and not its newest."""
+    reader = cache.start([*pages_of(*LONG), 5])
+    assert cache.prefill(reader, MAX_TOKENS)
+    assert cache.levels(pages_of(*LONG)) == [0, WARM, WARM, WARM, WARM, WARM, 0, 0]
+    for _ in range(3):
+        assert cache.decode(reader, 5)
+        cache.serve([*pages_of(*LONG[:3]), *pages_of(2, 2)])
+        assert cache.tree.evict(EvictParams(10**9)).num_tokens_evicted > 0
+        assert cache.levels(pages_of(*LONG)) == [0, WARM, WARM, WARM, WARM, WARM, 0, 0]
+        cache.check()
+    held = [page for page, _ in path_levels(cache, reader.last_node)]
+    row = cache.rows.req_to_token[reader.req_pool_idx, : reader.filled : PAGE].long() // PAGE
+    assert row.tolist()[: len(held)] == held, "it reads the tree's own pages"
+    cache.finish(reader)
+    cache.check()
+
+
 def test_pages_that_two_requests_computed_are_kept_once(cache: Cache) -> None:
     """Both start before either is cached; the second gives its own pages back."""
     one, two = cache.start(pages_of(*LONG[:4])), cache.start(pages_of(*LONG[:4]))
@@ -503,6 +557,107 @@ def test_only_the_first_page_of_a_prefix_is_a_sink(cache: Cache) -> None:
         assert levels[0] == 0
         assert levels[1] > 0
         assert levels[2:] == [FROZEN] * 2
+
+
+def test_shared_prefixes_yield_after_private_ones(cache: Cache) -> None:
+    """A prompt that three requests have asked for, and two newer ones of one request each."""
+    shared, *private = pages_of(0, 1, 2), pages_of(1, 1, 2), pages_of(2, 1, 2)
+    for _ in range(3):
+        cache.serve(shared)
+    for prompt in private:
+        cache.serve(prompt)
+    whole = cache.prefixes()
+    yielded = {}
+    while cache.prefixes() == whole:
+        levels = cache.levels(shared)[-1]
+        others = [cache.levels(prompt)[-1] for prompt in private]
+        yielded.setdefault(levels, min(others))
+        cache.tree.evict(EvictParams(1))
+        cache.check()
+    assert all(least >= level for level, least in yielded.items()), "private ones go before"
+    assert {0, WARM, COOL} <= set(yielded)
+    assert len(cache.levels(shared)) == 3, "a private prompt is dropped first"
+
+
+def test_the_clock_on_the_wall_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for reading in (itertools.count(0), itertools.count(0, -1)):
+        monkeypatch.setattr("time.monotonic", lambda reading=reading: float(next(reading)))
+        cache = Cache(pages=16)
+        ready_frames_like_content(cache)
+        for prompt in ((0, 1, 2), (1, 1, 2), (0, 1, 1), (2, 0, 1)):
+            cache.serve(pages_of(*prompt))
+            cache.match(pages_of(1, 1, 2))
+            cache.tree.evict(EvictParams(30))
+        found.append(sorted((tokens, node.levels.tolist()) for node, _, tokens in cache.nodes()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("settle_pages", [1, 2, 3])
+def test_one_insertion_lowers_no_more_than_it_may(settle_pages: int) -> None:
+    cache = Cache(recent=0, settle_pages=settle_pages)
+    ready_frames_like_content(cache)
+    cache.serve(pages_of(*LONG[:6]))  # two insertions
+    done = 2 * settle_pages
+    expected = [0, *([WARM] * done)[:5], *[0] * (5 - done)]
+    assert cache.levels(pages_of(*LONG[:6])) == expected, "from the beginning"
+    assert bool(cache.tree.unsettled) == (done <= 5)
+    cache.check()
+    while cache.tree.unsettled:
+        before = sum(cache.levels(pages_of(*LONG[:6])))
+        cache.serve(pages_of(1))  # nothing of its own to lower
+        assert sum(cache.levels(pages_of(*LONG[:6]))) > before or not cache.tree.unsettled
+        cache.check()
+    assert cache.levels(pages_of(*LONG[:6])) == [0] + [WARM] * 5
+
+
+def test_what_waits_to_settle_may_be_dropped_or_flushed() -> None:
+    cache = Cache(recent=0, settle_pages=1)
+    ready_frames_like_content(cache)
+    cache.serve(pages_of(*LONG[:6]))
+    assert cache.tree.unsettled
+    cache.tree.evict(EvictParams(10**9))
+    assert not cache.tree.unsettled
+    cache.serve(pages_of(*LONG[:6]))
+    cache.flush()
+    assert not cache.tree.unsettled
+    cache.check()
+
+
+def test_waiting_pages_that_a_request_reads_hot_stay_hot() -> None:
+    cache = Cache(recent=0, settle_pages=1)
+    ready_frames_like_content(cache)
+    cache.serve(pages_of(*LONG[:6]))
+    assert cache.levels(pages_of(*LONG[:6])) == [0, WARM, WARM, 0, 0, 0]
+    reader = cache.start(pages_of(*LONG))
+    assert cache.prefill(reader, PAGE, last=False)  # its prompt is under way
+    for _ in range(3):
+        cache.serve(pages_of(1))
+    assert cache.levels(pages_of(*LONG[:6])) == [0, WARM, WARM, 0, 0, 0]
+    assert cache.prefill(reader, PAGE, last=False)
+    cache.finish(reader)
+    assert cache.levels(pages_of(*LONG)) == [0, WARM, WARM, WARM, WARM, 0, 0, 0]
+    for _ in range(3):
+        cache.serve(pages_of(1))
+    assert cache.levels(pages_of(*LONG)) == [0] + [WARM] * 7
+    cache.check()
+
+
+def test_above_the_high_watermark_insertions_lower_beyond_the_budget() -> None:
+    cache = Cache(recent=0, high_watermark=0.7)
+    ready_frames_like_content(cache)
+    for first in range(3):
+        cache.serve(pages_of(first, *LONG[:5]))
+        cache.check()
+    used = 1 - cache.allocator.available_size() / cache.allocator.size
+    assert len(cache.prefixes()) == 18, "nothing is dropped for it"
+    assert used <= 0.7
+    assert cache.levels(pages_of(0, *LONG[:5]))[1] > WARM
+    plain = Cache(recent=0)
+    ready_frames_like_content(plain)
+    for first in range(3):
+        plain.serve(pages_of(first, *LONG[:5]))
+    assert plain.allocator.available_size() < cache.allocator.available_size()
 
 
 def test_everything_can_be_evicted_at_once(cache: Cache) -> None:
@@ -748,12 +903,7 @@ class Serving(RuleBasedStateMachine):
 
     def page_levels(self, req: Request) -> list[tuple[int, int]]:
         """(page id, level) along the cached prefix of a request."""
-        found, node = [], req.last_node
-        while node is not self.cache.tree.root_node:
-            ids = self.cache.tree.page_ids(node).tolist()
-            found = [*zip(ids, node.levels.tolist()), *found]
-            node = node.parent
-        return found
+        return path_levels(self.cache, req.last_node)
 
     def read_hot(self, req: Request) -> set[int]:
         """Pages that other requests read hot: all of a prompt under way, the newest of the rest."""
