@@ -24,6 +24,9 @@ from sglang_spherical.retention.operations import (
 )
 from sglang_spherical.retention.worth import worth
 
+SORTED_AT_FIRST = 256
+"""Steps that are put in order before more are looked at."""
+
 
 def lowerable(
     levels: Levels, first_page: int, level: int, end_page: int | None = None
@@ -63,7 +66,7 @@ def settle(
 
 @dataclass(frozen=True)
 class _Steps:
-    """Everything that could be done, cheapest loss first; all [steps].
+    """What could be done, cheapest loss first; all [steps].
 
     row    of the table
     level  that the pages leave, or BOTTOM for dropping the node
@@ -94,7 +97,7 @@ def relieve(
     rows = table.unlocked()
     if need_tokens <= 0 or not len(rows):
         return []
-    steps = _sorted_steps(table, rows, ladder, drops)
+    steps = _sorted_steps(table, rows, need_tokens, ladder, drops)
     whole, partial = _cut(steps, need_tokens, ladder, most_pages)
     return _operations(table, ladder, steps, whole, partial)
 
@@ -122,29 +125,49 @@ def _cut(
     return whole, partial
 
 
-def _sorted_steps(table: NodeTable, rows: NDArray[np.int64], ladder: Ladder, drops: bool) -> _Steps:
-    """The steps of the nodes in `rows` [n], in the order in which they are taken."""
-    pages, value = table.pages[rows], worth(table.reuses[rows], table.age(rows), len(table))
-    arriving = pages @ ladder.passes
-    gains = arriving * ladder.gain
-    losses = value[:, None] * ladder.slope
-    levels = np.broadcast_to(np.arange(pages.shape[1]), pages.shape)
-    owner = np.broadcast_to(np.arange(len(rows))[:, None], pages.shape)
-    columns = [[x.ravel()] for x in (owner, levels, arriving, gains, losses)]
+def _sorted_steps(
+    table: NodeTable, rows: NDArray[np.int64], need_tokens: int, ladder: Ladder, drops: bool
+) -> _Steps:
+    """The cheapest steps of the nodes in `rows` [n], as many as are needed or more, in order."""
+    value = worth(table.reuses[rows], table.age(rows), len(table))
+    held = table.pages[rows]
+    width = held.shape[1] + 1  # a column for every level, and the last one for dropping the node
+    pages, gain = (np.zeros((len(rows), width), np.int64) for _ in range(2))
+    loss = np.empty((len(rows), width))
+    pages[:, :-1] = held @ ladder.passes
+    gain[:, :-1] = pages[:, :-1] * ladder.gain
+    loss[:, :-1] = value[:, None] * ladder.slope
     if drops:
-        held = pages @ ladder.cost_tokens + table.sinks[rows] * ladder.cost_tokens[0]
-        dropped = _after_children(table, rows, value * ladder.drop_slope)
-        bottom, whole = np.full(len(rows), BOTTOM), np.zeros(len(rows), np.int64)
-        rest = held - gains.sum(1)
-        for column, more in zip(columns, (np.arange(len(rows)), bottom, whole, rest, dropped)):
-            column.append(more)
-    own, level, count, gain, loss = (np.concatenate(column) for column in columns)
-    useful = np.flatnonzero(gain)
-    own, level, count, gain, loss = (x[useful] for x in (own, level, count, gain, loss))
-    row = rows[own]
+        cost = held @ ladder.cost_tokens + table.sinks[rows] * ladder.cost_tokens[0]
+        gain[:, -1] = cost - gain[:, :-1].sum(1)
+        loss[:, -1] = _after_children(table, rows, value * ladder.drop_slope)
+    chosen = _cheapest(loss.ravel(), gain.ravel(), need_tokens)
+    own, column = np.divmod(chosen, width)
+    row, last = rows[own], column == width - 1
     # At equal loss: lower before dropping, leaves before parents, old nodes before new ones.
-    order = np.lexsort((row, table.used[row], -table.first_page[row], level == BOTTOM, loss))
-    return _Steps(row[order], level[order], count[order], gain[order])
+    keys = row, table.used[row], -table.first_page[row], last, loss.ravel()[chosen]
+    order = np.lexsort(keys)
+    level = np.where(last, BOTTOM, column)
+    return _Steps(
+        row[order], level[order], pages.ravel()[chosen][order], gain.ravel()[chosen][order]
+    )
+
+
+def _cheapest(
+    loss: NDArray[np.float64], gain: NDArray[np.int64], need_tokens: int
+) -> NDArray[np.int64]:
+    """Steps (indices) that free enough and cost no more than any other; all, if that is too little.
+
+    Sorting them all would take most of the time where few are needed.
+    """
+    useful = np.flatnonzero(gain)
+    losses, count = loss[useful], SORTED_AT_FIRST
+    while count < len(useful):
+        chosen = useful[losses <= np.partition(losses, count)[count]]
+        if gain[chosen].sum() >= need_tokens:
+            return chosen
+        count *= 8
+    return useful
 
 
 def _after_children(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sglang_spherical.config import TIERS, SphericalConfig
 from sglang_spherical.pool.layout import default_levels
+from sglang_spherical.retention import policy
 from sglang_spherical.retention.distortion import DROPPED, distortions
 from sglang_spherical.retention.ladder import BOTTOM, Ladder
 from sglang_spherical.retention.nodes import ROOT, NodeTable
@@ -442,8 +443,18 @@ def test_nothing_unlocked_frees_nothing() -> None:
     assert relieve(tree.table, 100, LADDER, drops=False) == []
 
 
-def test_thousands_of_nodes_take_milliseconds() -> None:
-    """No loop over nodes or pages: only over what is done."""
+@given(tree=trees(), need=st.integers(1, 250))
+@settings(max_examples=200, deadline=None)
+def test_sorting_a_part_of_the_steps_changes_nothing(tree: Tree, need: int) -> None:
+    everything = relieve(tree.table, need, LADDER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "SORTED_AT_FIRST", 1)
+        some = relieve(tree.table, need, LADDER)
+    assert tree.after(some) == tree.after(everything)
+    assert drops(some) == drops(everything)
+
+
+def test_of_thousands_of_nodes_few_are_touched() -> None:
     tree, chance = Tree(), random.Random(0)
     for i in range(5000):
         tree.add(
