@@ -15,8 +15,8 @@ from spherical_kernels.decode.launch import (
     DecodeWorkspace,
     LayerPages,
     Tuning,
-    items_for,
     run_decode,
+    wave_of,
 )
 from spherical_kernels.decode.reference import (
     AttentionState,
@@ -24,7 +24,7 @@ from spherical_kernels.decode.reference import (
     attend_entries,
     empty_state,
 )
-from spherical_kernels.plan.launch import PlanTables, plan_pages
+from spherical_kernels.plan.launch import PlanTables, most_items, plan_pages
 from spherical_kernels.testing import assert_close
 
 PAGE = 64
@@ -177,8 +177,8 @@ class Decode:
     def __init__(self, batch: Batch, tuning: Tuning | None) -> None:
         self.batch, self.tuning, shape = batch, tuning, batch.shape
         processors = torch.cuda.get_device_properties(0).multi_processor_count
-        items = items_for(batch.kinds, shape.group, shape.kv_heads, processors, tuning)
-        items = max(items, shape.batch * len(batch.kinds))
+        self.wave = wave_of(batch.kinds, shape.group, shape.kv_heads, processors, tuning)
+        items = most_items(self.wave, shape.batch, len(batch.kinds))
         self.tables = PlanTables.allocate(
             shape.batch, shape.pages, len(batch.kinds), items, torch.device("cuda")
         )
@@ -196,7 +196,7 @@ class Decode:
     def plan(self) -> None:
         plan_pages(
             self.tables, self.table, self.slots, self.lengths, self.batch.page_level, PAGE,
-            FEWEST_PAGES,
+            FEWEST_PAGES, self.wave,
         )  # fmt: skip
 
     def run(self, q: torch.Tensor | None = None, out: torch.Tensor | None = None) -> None:

@@ -80,7 +80,7 @@ from triton.compiler import ASTSource
 
 from spherical_kernels.decode.ends import frame_queries, merge_rows
 from spherical_kernels.decode.launch import (
-    FRAME_STAGES, FRAME_WARPS, merge_constants, query_rows,
+    FRAME_STAGES, FRAME_WARPS, merge_constants, merge_warps, query_rows,
 )
 
 head_dim, group, batch = json.loads(sys.argv[1])
@@ -91,7 +91,7 @@ kernels = (
         "Near": "*fp32", "batch": "i32", "kv_heads": "i32", "stride": "i32",
         "scale": "fp32",
     }, {"ROWS": query_rows(batch, group, head_dim), "STAGES": FRAME_STAGES}),
-    (merge_rows, 8, {
+    (merge_rows, merge_warps(batch), {
         "Partial": "*fp32", "Lse": "*fp32", "ItemStart": "*i32", "HotItems": "*i32",
         "Dual": "*fp32", "Centre": "*fp32", "Near": "*fp32", "Out": "*bf16",
         "OutLse": "*fp32", "batch": "i32", "kv_heads": "i32",

@@ -153,7 +153,7 @@ class Case:
         lengths = torch.tensor(self.lengths, device=DEVICE)
         plan_pages(
             tables, table.to(DEVICE), torch.arange(batch, device=DEVICE), lengths,
-            page_level.to(DEVICE), PAGE, 1,
+            page_level.to(DEVICE), PAGE, 1, max_items,
         )  # fmt: skip
         names = "key_duals", "value_duals", "key_centre", "value_centre"
         frames = LayerFrames(*(getattr(self.frames, name).to(DEVICE) for name in names))

@@ -12,10 +12,10 @@ from spherical_kernels.codec.frames import LayerFrames
 from spherical_kernels.decode.launch import (
     DecodeWorkspace,
     LayerPages,
-    items_for,
     run_decode,
+    wave_of,
 )
-from spherical_kernels.plan.launch import PlanTables, plan_pages
+from spherical_kernels.plan.launch import PlanTables, most_items, plan_pages
 
 FEWEST_PAGES = 4
 """Of an item: below, starting and merging cost more than reading."""
@@ -32,7 +32,7 @@ class DecodeTables:
     ) -> None:
         layout, arena = pool.layout, pool.arena
         self.pool, self.req_to_token, self.max_batch = pool, req_to_token, max_batch
-        self.busy_items = items_for(
+        self.wave = wave_of(
             arena.kinds, q_heads // layout.kv_heads, layout.kv_heads, _processors(arena.device)
         )
         items = self._items_of(max_batch)
@@ -50,8 +50,7 @@ class DecodeTables:
         self.of_batch = cache(self._of_batch)
 
     def _items_of(self, batch: int) -> int:
-        """As many as keep the GPU busy, and one at least of every request and kind."""
-        return max(self.busy_items, batch * len(self.pool.arena.kinds))
+        return most_items(self.wave, batch, len(self.pool.arena.kinds))
 
     def _of_batch(self, batch: int) -> PlanTables:
         """The tables that a batch of this size fills."""
@@ -62,6 +61,7 @@ class DecodeTables:
         plan_pages(
             self.of_batch(len(slots)), self.req_to_token, slots, lengths,
             self.pool.arena.page_level, self.pool.page_size, FEWEST_PAGES,
+            self.wave,
         )  # fmt: skip
 
     def attend(self, layer: int, q: torch.Tensor, scale: float) -> torch.Tensor:

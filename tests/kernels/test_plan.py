@@ -9,13 +9,21 @@ from spherical_kernels.plan.launch import PlanTables, plan_pages
 from spherical_kernels.testing import poison
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PAGE, KINDS, FEWEST = 16, 3, 4
+PAGE, KINDS, FEWEST, START_PAGES = 16, 3, 4, 4
 
 
 class Batch:
     """Requests of random pages and levels; `lengths` tokens each."""
 
-    def __init__(self, lengths: list[int], max_batch: int, max_pages: int, max_items: int) -> None:
+    def __init__(
+        self,
+        lengths: list[int],
+        max_batch: int,
+        max_pages: int,
+        max_items: int,
+        wave: int | None = None,
+    ) -> None:
+        self.wave = wave or max_items
         rng = torch.Generator().manual_seed(sum(lengths) + len(lengths))
         self.lengths = lengths
         pages = [-(-length // PAGE) for length in lengths]
@@ -36,6 +44,7 @@ class Batch:
         plan_pages(
             self.tables, self.table.to(DEVICE), self.slots.to(DEVICE),
             torch.tensor(self.lengths, device=DEVICE), self.level.to(DEVICE), PAGE, FEWEST,
+            self.wave,
         )  # fmt: skip
         return self.tables
 
@@ -97,23 +106,26 @@ def test_the_items_cover_every_page_once(
     assert starts[len(lengths) :] == [starts[len(lengths)]] * (max_batch - len(lengths) + 1)
 
 
-def test_items_are_as_short_as_their_number_allows() -> None:
-    """One page less in each would need more items than there are."""
-    for lengths, max_batch, max_pages, max_items in CASES:
-        batch = Batch(lengths, max_batch, max_pages, max_items)
+@pytest.mark.parametrize("wave", [2, 5, 7, 1000])
+def test_waves_of_items_take_the_least_time(wave: int) -> None:
+    for lengths, max_batch, max_pages, _ in CASES:
+        most_items = max(3 * wave, max_batch * KINDS)
+        batch = Batch(lengths, max_batch, max_pages, most_items, wave)
         tables = batch.plan()
-        counts = [len(run) for of_request in batch.runs() for run in of_request]
-        longest = int((tables.items[:, 2] - tables.items[:, 1]).max())
-        used = int(tables.item_start[-1])
-        assert used <= max_items
-        fits = [
-            pages
-            for pages in range(1, max(counts) + 1)
-            if sum(-(-count // pages) for count in counts) <= max_items
-        ]
-        pages = max(min(fits), min(FEWEST, max(counts)))
-        assert used == sum(-(-count // pages) for count in counts)
-        assert longest <= pages
+        counts = [len(run) for of_request in batch.runs() for run in of_request if run]
+        choices = []
+        for waves in (1, 2, 3):
+            most = min(max(waves * wave, len(counts)), most_items)
+            pages = next(
+                pages
+                for pages in range(min(FEWEST, max(counts)), max(counts) + 1)
+                if sum(-(-count // pages) for count in counts) <= most
+            )
+            items = sum(-(-count // pages) for count in counts)
+            choices.append((-(-items // wave) * (pages + START_PAGES), items, pages))
+        _, items, pages = min(choices, key=lambda choice: choice[0])
+        assert int(tables.item_start[-1]) == items
+        assert int((tables.items[:, 2] - tables.items[:, 1]).max()) <= pages
 
 
 def test_a_batch_padded_with_rows_of_one_token() -> None:

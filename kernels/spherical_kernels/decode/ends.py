@@ -19,7 +19,8 @@ def frame_queries(
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Queries into a key frame and to integers: ROWS queries of one KV head by every program.
+    """Queries into a key frame and to integers: ROWS queries of one KV head and a frame by every
+    program.
 
     Q       [batch, kv_heads * G, D]; logits in base 2 are `scale` times q . k
     Dual    float32 [2, kv_heads, D, D], B; Centre float32 [kv_heads, D]
@@ -33,7 +34,7 @@ def frame_queries(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0) % kv_heads
-    of_set = tl.program_id(1)
+    of_frame = tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     m = tl.program_id(0) // kv_heads * ROWS + tl.arange(0, ROWS)
@@ -45,7 +46,7 @@ def frame_queries(
     d = place // PADDED * (D // BANDS) + place % PADDED
     real = place % PADDED < D // BANDS
     step = tl.arange(0, STEP)
-    dual = Dual + (tl.minimum(of_set, 1) * kv_heads + head).to(tl.int64) * (D * D)
+    dual = Dual + (of_frame * kv_heads + head).to(tl.int64) * (D * D)
     framed = tl.zeros([ROWS, DP], tl.float32)
     near = tl.zeros([ROWS], tl.float32)
     for start in tl.range(0, D, STEP, num_stages=STAGES):
@@ -58,23 +59,37 @@ def frame_queries(
         framed = tl.dot(q, turned, framed, input_precision="tf32x3")
         centre = tl.load(Centre + head * D + channel, mask=channel < D, other=0.0)
         near += tl.sum(q * centre[None, :], 1)
+    if of_frame == 0:
+        tl.store(Near + query, near, mask=known)
+        store_integers(framed, Parts, Units, query, known, d, real, D, True)
+    else:
+        first = stride + query
+        store_integers(framed, Parts, Units, first, known, d, real, D, False)
+        store_integers(framed, Parts, Units, first + stride, known, d, real, D, True)
+
+
+@triton.jit
+def store_integers(
+    framed, Parts, Units, query, known, d, real, D: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
+    """Queries [ROWS, DP] as integers, their units by band or, WHOLE, the same for all bands."""
+    ROWS: tl.constexpr = framed.shape[0]
+    PADDED: tl.constexpr = framed.shape[1] // BANDS
     by_band = tl.reshape(framed, [ROWS, BANDS, PADDED])
     peak = tl.max(tl.abs(by_band), 2)
-    if of_set != 1:
+    if WHOLE:
         peak = tl.broadcast_to(tl.max(peak, 1)[:, None], [ROWS, BANDS])
     per_unit = tl.where(peak > 0, QUERY_PEAK / peak, 1.0)
-    whole = tl.floor(by_band * per_unit[:, :, None] + 0.5).to(tl.int32)
-    of_query = (of_set * stride + query).to(tl.int64)
-    at = (of_query * BANDS)[:, None] + tl.arange(0, BANDS)[None, :]
+    query = query.to(tl.int64)
+    at = (query * BANDS)[:, None] + tl.arange(0, BANDS)[None, :]
     tl.store(Units + at, 1.0 / per_unit, mask=known[:, None])
-    whole = tl.reshape(whole, [ROWS, DP])
+    whole = tl.floor(by_band * per_unit[:, :, None] + 0.5).to(tl.int32)
+    whole = tl.reshape(whole, [ROWS, BANDS * PADDED])
     high = (whole + 64) >> 7
     inside = known[:, None] & real[None, :]
-    target = Parts + of_query[:, None] * (2 * D) + d[None, :]
+    target = Parts + query[:, None] * (2 * D) + d[None, :]
     tl.store(target, high.to(tl.int8), mask=inside)
     tl.store(target + D, (whole - (high << 7)).to(tl.int8), mask=inside)
-    if of_set == 0:
-        tl.store(Near + query, near, mask=known)
 
 
 @triton.jit

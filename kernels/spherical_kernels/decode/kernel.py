@@ -389,15 +389,15 @@ def decode_pages(
     kind = which >> 16
     request = (which & 0xFFFF).to(tl.int64)
     places = Places + kind.to(tl.int64) * kind_stride + head * 4
-    if PDL:
-        if first < end:  # while queries are still on their way into the frames
-            fetch_pages(
-                Arena, Pages + request * max_pages + first, Blocks, places, end - first,
-                blocks_per_page, block_bytes, DP // 4,
-            )  # fmt: skip
-        tl.extra.cuda.gdc_wait()
     if first >= end:
         return
+    if PDL:
+        # while queries are still on their way into the frames
+        fetch_pages(
+            Arena, Pages + request * max_pages + first, Blocks, places, end - first,
+            blocks_per_page, block_bytes, DP // 4,
+        )  # fmt: skip
+        tl.extra.cuda.gdc_wait()
     query = (request * kv_heads + head) * G + first_head
     at = (item.to(tl.int64) * kv_heads + head) * G + first_head
     for i in tl.static_range(len(KINDS)):

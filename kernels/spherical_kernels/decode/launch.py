@@ -37,11 +37,13 @@ MOST_HEADS = 8
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
 """Shared memory of a multiprocessor, and what the system takes of it for every program."""
 
-MERGE_ELEMENTS, MOST_MERGE_ROWS, MERGE_COLUMNS = 8192, 64, 32
-"""Numbers and rows (request, split, query head) at once in a program of the merge, and channels
-that it puts out."""
+MERGE_ELEMENTS, MERGE_COLUMNS, MERGE_WARPS = 16384, 32, 8
+"""Numbers at once in a program of the merge, channels that it puts out, and its warps. Half of the
+first and the last for LARGE_BATCH requests and more: two programs then fit where one would."""
 
-FRAME_STAGES, FRAME_WARPS = 4, 8
+LARGE_BATCH = 64
+
+FRAME_STAGES, FRAME_WARPS = 4, 4
 """Of `frame_queries`: steps of a frame in flight, and warps of a program."""
 
 _OPERAND_BITS = 10  # a float16 is linear in its low 10 bits
@@ -121,14 +123,14 @@ def tuning_for(kinds: Sequence[Kind], group: int) -> Tuning:
     return Tuning(programs=4 if wide else 8)
 
 
-def items_for(
+def wave_of(
     kinds: Sequence[Kind],
     group: int,
     kv_heads: int,
     multiprocessors: int,
     tuning: Tuning | None = None,
 ) -> int:
-    """How many items keep the device busy."""
+    """How many items the device runs at once."""
     tuning = tuning or tuning_for(kinds, group)
     programs = kv_heads * -(-group // MOST_HEADS)
     return max(1, tuning.programs * multiprocessors // programs)
@@ -168,7 +170,7 @@ def run_decode(
     tile: dict[str, Any] = {"D": d, "DP": width, "G": group}
     rows = query_rows(batch, group, d)
     queries = workspace.parts, workspace.units
-    frame_queries[(-(-batch * group // rows) * kv_heads, SETS)](
+    frame_queries[(-(-batch * group // rows) * kv_heads, len(FRAMES))](
         q, frames.key_duals, frames.key_centre, *queries, workspace.near, batch, kv_heads,
         max_batch * heads, scale * LOG2_E, **tile, ROWS=rows, STAGES=FRAME_STAGES, PDL=pdl,
         num_warps=FRAME_WARPS,
@@ -189,7 +191,7 @@ def run_decode(
         frames.value_duals, frames.value_centre, workspace.near, out, lse, batch, kv_heads, **tile,
         **merge,
         HOT=not kinds[0][0].calibrated, CALIBRATED=kinds[-1][0].calibrated, PDL=pdl,
-        num_warps=8, **options,
+        num_warps=merge_warps(batch), **options,
     )  # fmt: skip
 
 
@@ -200,13 +202,19 @@ def query_rows(batch: int, group: int, head_dim: int) -> int:
 
 
 def merge_constants(batch: int, group: int, head_dim: int) -> dict[str, int]:
-    """How `merge_rows` cuts its rows: large batches need no splits."""
+    """How `merge_rows` cuts its rows (request, split, query head): large batches need no splits."""
     heads = _power_of_two(group)
     width = max(16, _power_of_two(head_dim))
-    rows = max(heads, min(MOST_MERGE_ROWS, MERGE_ELEMENTS // width))
+    elements = MERGE_ELEMENTS // (2 if batch >= LARGE_BATCH else 1)
+    rows = max(heads, min(128, elements // width))
     together = max(1, min(_power_of_two(batch) // 4, rows // heads))
     splits = rows // (heads * together)
     return {"GP": heads, "COLUMNS": MERGE_COLUMNS, "REQUESTS": together, "SPLITS": splits}
+
+
+def merge_warps(batch: int) -> int:
+    """Warps of a program of `merge_rows`."""
+    return MERGE_WARPS // (2 if batch >= LARGE_BATCH else 1)
 
 
 def _has_ptx(device: torch.device) -> bool:

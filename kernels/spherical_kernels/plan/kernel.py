@@ -10,6 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+MOST_WAVES = tl.constexpr(3)
+START_PAGES = tl.constexpr(4)  # what an item costs beside its pages, in pages
+
 
 @triton.jit
 def sort_pages(
@@ -61,11 +64,14 @@ def sort_pages(
 
 @triton.jit
 def cut_items(
-    Runs, Items, ItemStart, HotItems, batch, runs, max_items,
+    Runs, Items, ItemStart, HotItems, batch, runs, max_items, wave,
     PAGE: tl.constexpr, KP: tl.constexpr, BP: tl.constexpr, ITEMS: tl.constexpr,
     FEWEST: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """One program: the fewest pages per item that make at most `max_items`, and the items.
+    """One program: how many pages an item has at most, and the items.
+
+    The device runs `wave` items at once. Of the fewest pages that make one, two or MOST_WAVES such
+    waves of items, those are chosen whose waves take the least time.
 
     Items      int32 [max_items, 4]: kind << 16 | request, first, end, valid tokens of page end - 1
     ItemStart  int32 [runs / KP + 1], HotItems int32 [runs / KP]
@@ -76,14 +82,23 @@ def cut_items(
     request, kind = run // KP, run % KP
     exists = run < runs
     count = tl.load(Runs + run, mask=request < batch, other=0)
-    high = tl.maximum(tl.max(count, 0), 1)
-    low = tl.minimum(high, FEWEST)
-    for _ in range(STEPS):
-        middle = (low + high) // 2
-        fits = (tl.sum((count + middle - 1) // middle, 0) <= max_items) | (low >= high)
-        high = tl.where(fits, middle, high)
-        low = tl.where(fits, low, middle + 1)
-    splits = (count + high - 1) // high
+    longest = tl.maximum(tl.max(count, 0), 1)
+    needed = tl.sum((count > 0).to(tl.int32), 0)
+    best, least = longest, 0x7FFFFFFF
+    for waves in range(1, MOST_WAVES + 1):
+        most = tl.minimum(tl.maximum(waves * wave, needed), max_items)
+        high = longest
+        low = tl.minimum(high, FEWEST)
+        for _ in range(STEPS):
+            middle = (low + high) // 2
+            fits = (tl.sum((count + middle - 1) // middle, 0) <= most) | (low >= high)
+            high = tl.where(fits, middle, high)
+            low = tl.where(fits, low, middle + 1)
+        items = tl.sum((count + high - 1) // high, 0)
+        time = (items + wave - 1) // wave * (high + START_PAGES)
+        best = tl.where(time < least, high, best)
+        least = tl.minimum(time, least)
+    splits = (count + best - 1) // best
     end_of_run = tl.cumsum(splits, 0)
     tl.store(Runs + 3 * runs + run, end_of_run, mask=exists)
     tl.store(ItemStart + run * 0, 0, mask=run == 0)

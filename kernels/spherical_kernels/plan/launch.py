@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from .kernel import cut_items, sort_pages
+from .kernel import MOST_WAVES, cut_items, sort_pages
 
 PAGES_AT_ONCE = 256
 """Pages that a program of `sort_pages` looks at together."""
@@ -61,6 +61,11 @@ class PlanTables:
         )  # fmt: skip
 
 
+def most_items(wave: int, batch: int, kinds: int) -> int:
+    """Items that a plan may make: enough waves of them, and one of every request and kind."""
+    return max(int(MOST_WAVES.value) * wave, batch * kinds)
+
+
 def plan_pages(
     tables: PlanTables,
     req_to_token: torch.Tensor,
@@ -69,6 +74,7 @@ def plan_pages(
     page_level: torch.Tensor,
     page_size: int,
     fewest_pages: int,
+    wave: int,
 ) -> None:
     """Plans a batch that reads the first `lengths` tokens, 1 or more, of the requests in `slots`.
 
@@ -76,6 +82,7 @@ def plan_pages(
     slots         int [batch], lengths int [batch]
     page_level    uint8 [num_pages], the kind of each page
     fewest_pages  of an item, where there are so many
+    wave          items that the device runs at once
     """
     batch, (max_batch, max_pages) = len(slots), tables.pages.shape
     if batch > max_batch:
@@ -89,6 +96,7 @@ def plan_pages(
     steps = max(max_pages, runs).bit_length() + 1
     cut_items[(1,)](
         tables.runs, tables.items, tables.item_start, tables.hot_items, batch, runs, max_items,
+        wave,
         PAGE=page_size, KP=kinds, BP=triton.next_power_of_2(runs),
         ITEMS=triton.next_power_of_2(max_items), FEWEST=fewest_pages, STEPS=steps,
         num_warps=CUT_WARPS,
