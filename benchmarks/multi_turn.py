@@ -4,7 +4,8 @@ usage: python benchmarks/multi_turn.py [--model DIR] [--text FILE] [--pool-token
        [--servers spherical bf16] [--working-sets 0.5 1 2 4 8] [--json OUT] [--plot OUT.png]
        [-- FLAGS of every server]
 
-The working set is what all conversations hold at the end; the first pass is their first turn.
+Every group has one conversation at a time, which starts over from the group's prefix after its last
+turn. The working set is what all hold at their longest; the first pass is their first turn.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Shape:
     prefix    of a group before its first question
     question  of every request, new each time
     answer    of every request
-    turns     asked of a group on average, the first pass included; 0 where histories do not grow
+    turns     of a conversation, which then starts over from the prefix; 0: one question each
     """
 
     prefix: int
@@ -38,7 +38,7 @@ class Shape:
 
     @property
     def group_tokens(self) -> int:
-        """What a group has at the end that is asked for again."""
+        """The most that a group has that may be asked for again."""
         return self.prefix + self.turns * (self.question + self.answer)
 
 
@@ -83,22 +83,27 @@ def read_text(model: Path, path: Path | None) -> list[int] | None:
 class Workload:
     """Requests in order: `first` are asked once and not measured, then `picks`.
 
-    histories  token ids by group; with turns, answered questions have joined them
-    questions  of the measured requests and, before them, of the first pass
+    prefixes   token ids by group
+    questions  of the first pass, then of the measured requests
+    histories  by group, what the next question follows: the prefix and the turns so far
     """
 
     shape: Shape
-    histories: list[list[int]]
+    prefixes: list[list[int]]
     first: list[int]
     picks: list[int]
     questions: list[list[int]] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        self.histories = [list(prefix) for prefix in self.prefixes]
+        self.turns = [0] * len(self.prefixes)
 
     @classmethod
     def build(
         cls, name: str, shape: Shape, working_tokens: int, least: int, source: Source
     ) -> Workload:
         """
-        working_tokens  that the groups have together, at the end
+        working_tokens  that all groups have together, at their longest
         least           measured requests, if the groups do not make more
         """
         groups = max(2, round(working_tokens / shape.group_tokens))
@@ -110,9 +115,9 @@ class Workload:
             picks = [i % groups for i in range(count)]
         else:
             picks = rng.choices(ranked, zipf_weights(groups, alpha), k=count)
-        histories = source.passages(groups, shape.prefix)
+        prefixes = source.passages(groups, shape.prefix)
         questions = [source.passage(shape.question) for _ in range(groups + count)]
-        return cls(shape, histories, list(range(groups)), picks, questions)
+        return cls(shape, prefixes, list(range(groups)), picks, questions)
 
     @property
     def order(self) -> list[int]:
@@ -124,9 +129,14 @@ class Workload:
         return self.histories[self.order[number]] + self.questions[number]
 
     def answered(self, number: int, prompt: list[int], answer: Iterable[int]) -> None:
-        """With turns, the group goes on from here."""
-        if self.shape.turns:
-            self.histories[self.order[number]] = [*prompt, *answer]
+        """With turns, the group goes on from here, or after its last turn from the prefix."""
+        if not self.shape.turns:
+            return
+        group = self.order[number]
+        self.turns[group] = (self.turns[group] + 1) % self.shape.turns
+        self.histories[group] = (
+            [*prompt, *answer] if self.turns[group] else list(self.prefixes[group])
+        )
 
 
 def zipf_weights(groups: int, alpha: float) -> list[float]:

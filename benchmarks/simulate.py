@@ -271,8 +271,7 @@ def cell(
     source = Source(None, settings["seed"])
     tokens = round(working_set * settings["pool_tokens"])
     work = Workload.build(workload, shape, tokens, settings["least_requests"], source)
-    busiest = max(Counter(work.order).values()) if shape.turns else 1
-    longest = shape.prefix + busiest * (shape.question + shape.answer)
+    longest = shape.prefix + max(shape.turns, 1) * (shape.question + shape.answer)
     simulation = build(server, longest, settings, args)
     started = time.perf_counter()
     found = simulate(simulation, work, settings["at_once"])

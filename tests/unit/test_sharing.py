@@ -73,11 +73,15 @@ def test_round_robin_takes_turns_and_zipf_prefers() -> None:
     assert counts[0] / 2000 == pytest.approx(1 / sum(1 / r for r in range(1, 33)), rel=0.2)
 
 
-def test_the_working_set_is_what_the_groups_have_in_the_end() -> None:
+def test_conversations_grow_to_the_working_set_and_start_over() -> None:
     work = build("round-robin", TURNS, 16 * TURNS.group_tokens)
     for number in range(len(work.order)):
-        work.answered(number, work.prompt(number), [1] * TURNS.answer)
-    assert sum(map(len, work.histories)) == 16 * TURNS.group_tokens
+        before = work.prompt(number)
+        work.answered(number, before, [1] * TURNS.answer)
+        history = work.histories[work.order[number]]
+        last = number >= 16 * (TURNS.turns - 1)
+        assert history == (work.prefixes[work.order[number]] if last else before + [1] * 8)
+        assert not last or len(before) + TURNS.answer == TURNS.group_tokens
 
 
 def test_only_turns_grow() -> None:
