@@ -1,8 +1,9 @@
 """The steps that a page may take downwards, and what each costs in distortion for what it frees.
 
-A page goes from its level to the next one on the lower convex hull of (cost, distortion), so that
-every step frees its memory more dearly than the one before. Levels above the hull, and those whose
-pages cost no less than a finer one's (small pages round up), are never gone to.
+A page goes from its level to the next one on the lower convex hull of (cost, distortion), whose
+last point is to be dropped, so that every step frees its memory more dearly than the one before.
+Levels above the hull, and those whose pages cost no less than a finer one's (small pages round up),
+are never gone to.
 """
 
 from __future__ import annotations
@@ -48,18 +49,19 @@ class Ladder:
                 f"got {drop_distortion}"
             )
         next_level, slope = np.full(levels, BOTTOM), np.zeros(levels)
+        drop_slopes = [(drop_distortion - distortion[i]) / int(costs[i]) for i in range(levels)]
         for level in range(levels):
             steps = [
                 ((distortion[to] - distortion[level]) / int(costs[level] - costs[to]), -to)
                 for to in range(level + 1, levels)
                 if costs[to] < costs[level]
             ]
-            if steps:
+            if steps and min(steps)[0] <= drop_slopes[level]:
                 slope[level], next_level[level] = min(steps)
                 next_level[level] *= -1
         bottom = _end(next_level)
-        drop_slope = (drop_distortion - distortion[bottom]) / int(costs[bottom])
-        return cls(costs, next_level, slope, max(drop_slope, float(slope.max())))
+        next_level[bottom:], slope[bottom:] = BOTTOM, 0.0
+        return cls(costs, next_level, slope, drop_slopes[bottom])
 
     @classmethod
     def of_drops(cls, cost_tokens: Sequence[int]) -> Ladder:

@@ -166,10 +166,10 @@ def test_a_level_above_the_hull_is_skipped_and_left_all_the_same() -> None:
 )
 def test_every_path_down_is_convex(costs: list[int], losses: list[float]) -> None:
     costs = sorted(costs, reverse=True)
-    ladder = Ladder.over(costs, sorted(losses)[: len(costs)], 2.0)
+    losses = sorted(losses)[: len(costs)]
+    ladder = Ladder.over(costs, losses, 2.0)
     for level, after in enumerate(ladder.next_level):
         if after == BOTTOM:
-            assert all(cost >= costs[level] for cost in costs), "nothing cheaper is below"
             continue
         assert costs[after] < costs[level]
         if ladder.next_level[after] != BOTTOM:
@@ -189,6 +189,15 @@ def test_every_ladder_that_flags_can_name_is_measured(hot: int, warm: int, cold:
     assert found == sorted(found)
     assert len(set(found)) == len(found)
     assert found[-1] < DROPPED
+
+
+def test_the_ladder_ends_where_dropping_is_the_cheaper_step() -> None:
+    """As where cold and frozen pages differ by next to nothing."""
+    assert Ladder.over((64, 32, 26, 20, 18), DISTORTION, 1.0).next_level.tolist()[3:] == [4, BOTTOM]
+    ladder = Ladder.over((64, 32, 26, 19, 18), DISTORTION, 1.0)
+    assert ladder.next_level.tolist() == [1, 2, 3, BOTTOM, BOTTOM]
+    assert ladder.drop_slope == pytest.approx(0.95 / 19)
+    assert ladder.passes[:, 3].tolist() == [1, 1, 1, 1, 0]
 
 
 def test_dropping_must_be_the_worst() -> None:
