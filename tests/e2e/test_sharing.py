@@ -24,18 +24,12 @@ def run(repo_root, script, *args):
 
 
 @pytest.mark.timeout(1000)
-@pytest.mark.parametrize(
-    "script, lengths",
-    [
-        ("prefix_sharing", ["--prefix-tokens", 512]),
-        ("multi_turn", ["--first-tokens", 256, "--question-tokens", 100, "--turns", 3]),
-    ],
-)
-def test_a_small_sweep(repo_root, tiny_model, tmp_path, script, lengths):
+def test_a_small_sweep(repo_root, tiny_model, tmp_path):
     found, png, simulated = (tmp_path / name for name in ("run.json", "run.png", "sim.json"))
     shown = run(
-        repo_root, script, "--model", tiny_model, "--pool-tokens", 2048, "--working-sets", 0.5, 2,
-        "--workloads", "round-robin", "--least-requests", 8, "--scored", 2, *lengths,
+        repo_root, "multi_turn", "--model", tiny_model, "--pool-tokens", 2048,
+        "--working-sets", 0.5, 2, "--workloads", "round-robin", "--least-requests", 8,
+        "--first-tokens", 256, "--question-tokens", 100, "--turns", 3, "--scored", 2,
         "--json", found, "--plot", png,
     )  # fmt: skip
     assert "| round-robin | 2× |" in shown

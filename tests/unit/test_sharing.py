@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import runpy
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import sharing_run
 import simulate
 from sharing_report import plot, table
 from sharing_run import Served, divergence, figures
@@ -215,7 +217,34 @@ def test_waves_wait_for_turns() -> None:
     assert seen == list(range(len(work.order)))
 
 
-# --- reports -------------------------------------------------------------------------------------
+# --- command lines and reports -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, turns", [("prefix_sharing", 0), ("multi_turn", 5)])
+def test_lengths_are_flags(name: str, turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(sharing_run, "run", lambda *args: seen.extend(args))
+    first = "--first-tokens" if turns else "--prefix-tokens"
+    argv = [f"{name}.py", first, "512", "--answer-tokens", "4", *["--turns", "5"] * bool(turns)]
+    monkeypatch.setattr(sys, "argv", [*argv, "--", "--page-size", "32"])
+    runpy.run_module(name, run_name="__main__")
+    assert seen[0] == name.replace("_", "-")
+    assert seen[1] == Shape(512, 88 if turns else 80, 4, turns)
+    assert seen[2].args == ["--page-size", "32"]
+
+
+@pytest.mark.parametrize(
+    "server, wanted",
+    [
+        ("spherical", "--kv-format spherical --spherical-kv-bytes 1000"),
+        ("bf16", "--max-total-tokens 100"),
+        ("fp8", "--kv-cache-dtype fp8_e4m3 --max-total-tokens 200"),
+    ],
+)
+def test_servers_get_equal_bytes(server: str, wanted: str) -> None:
+    args = argparse.Namespace(kv_bytes=1000, pool_tokens=100, dummy=False, args=["--more"])
+    flags = " ".join(sharing_run.flags(server, args))
+    assert all(pair in flags for pair in wanted.split(" --")) and "--more" in flags
 
 
 def test_a_report_needs_no_server(tmp_path: Path) -> None:
