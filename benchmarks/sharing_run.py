@@ -260,7 +260,8 @@ def flags(name: str, args: argparse.Namespace) -> list[str]:
 def serve(name: str, shape: Shape, text: list[int] | None, args: argparse.Namespace) -> list[Cell]:
     """All cells of a server."""
     cells = []
-    with launch(args.model, args=flags(name, args)) as server:
+    log = args.log_dir / f"{name}.log" if args.log_dir else None
+    with launch(args.model, args=flags(name, args), log=log) as server:
         args.prefill_tokens = server_info(server.url)["chunked_prefill_size"]
         if name == "spherical" and server.banner() is None:
             raise ServerFailed("the log lacks the line `spherical KV engaged:`: not measured")
@@ -307,6 +308,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scored", type=int, default=8, help="answers per cell with KL; 0: none")
     parser.add_argument("--top", type=int, default=128, help="likeliest tokens compared")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log-dir", type=Path, help="keep the servers' logs here")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("args", nargs="*", help="after --: further flags of every server")
