@@ -111,9 +111,12 @@ async def ask_all(
     """Requests `numbers` in order, `at_once` at a time; a group's turns wait for each other."""
     gate = asyncio.Semaphore(at_once)
     locks = [asyncio.Lock() for _ in work.histories]
-    # A stream's lines hold all log probabilities so far.
-    settings = {"timeout": aiohttp.ClientTimeout(total=TIMEOUT_SECONDS), "read_bufsize": 1 << 26}
-    async with aiohttp.ClientSession(**settings) as session:
+    session = aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=TIMEOUT_SECONDS),
+        connector=aiohttp.TCPConnector(force_close=True),  # the server closes idle ones itself
+        read_bufsize=1 << 26,  # a stream's lines hold all log probabilities so far
+    )
+    async with session:
 
         async def one(number: int) -> Served:
             turn = locks[work.order[number]] if work.shape.turns else nullcontext()
