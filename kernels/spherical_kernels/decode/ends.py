@@ -13,7 +13,7 @@ NONE = tl.constexpr(-1e30)  # the maximum of no logits
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])  # one binary for all batches
 def frame_queries(
     Q, Dual, Centre, Parts, Units, Near, batch, kv_heads, stride, scale,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
@@ -171,7 +171,7 @@ def turn_sums(sums, dual, column, out, D: tl.constexpr):
     return turn_piece(fourth, dual, 3 * QUARTER, column, out, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def merge_rows(
     Partial, Lse, ItemStart, HotItems, Dual, Centre, Near, Out, OutLse, batch, kv_heads,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, COLUMNS: tl.constexpr,

@@ -37,9 +37,10 @@ MOST_HEADS = 8
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
 """Shared memory of a multiprocessor, and what the system takes of it for every program."""
 
-MERGE_ELEMENTS, MERGE_COLUMNS, MERGE_WARPS = 16384, 32, 8
-"""Numbers at once in a program of the merge, channels that it puts out, and its warps. Half of the
-first and the last for LARGE_BATCH requests and more: two programs then fit where one would."""
+MERGE_ELEMENTS, MOST_MERGE_ROWS, MERGE_COLUMNS, MERGE_WARPS = 8192, 64, 32, 8
+"""Numbers and rows (request, split, query head) at once in a program of the merge, channels that it
+puts out, and its warps: half of them for LARGE_BATCH requests and more, since two programs then fit
+where one would."""
 
 LARGE_BATCH = 64
 
@@ -202,11 +203,10 @@ def query_rows(batch: int, group: int, head_dim: int) -> int:
 
 
 def merge_constants(batch: int, group: int, head_dim: int) -> dict[str, int]:
-    """How `merge_rows` cuts its rows (request, split, query head): large batches need no splits."""
+    """How `merge_rows` cuts its rows: large batches need no splits."""
     heads = _power_of_two(group)
     width = max(16, _power_of_two(head_dim))
-    elements = MERGE_ELEMENTS // (2 if batch >= LARGE_BATCH else 1)
-    rows = max(heads, min(128, elements // width))
+    rows = max(heads, min(MOST_MERGE_ROWS, MERGE_ELEMENTS // width))
     together = max(1, min(_power_of_two(batch) // 4, rows // heads))
     splits = rows // (heads * together)
     return {"GP": heads, "COLUMNS": MERGE_COLUMNS, "REQUESTS": together, "SPLITS": splits}

@@ -62,7 +62,7 @@ def sort_pages(
     tl.store(run + 2 * runs, valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "max_items"])  # one binary for all batches
 def cut_items(
     Runs, Items, ItemStart, HotItems, batch, runs, max_items, wave,
     PAGE: tl.constexpr, KP: tl.constexpr, BP: tl.constexpr, ITEMS: tl.constexpr,

@@ -158,7 +158,8 @@ def banded_codes(at, t, channel, inside, BAND: tl.constexpr, TILES: tl.constexpr
     return codes
 
 
-@triton.jit
+# what changes from call to call must not make a new binary
+@triton.jit(do_not_specialize=["first_page", "num_pages"])
 def reencode_slices(
     Arena, PageBlocks, Pages, Places, Turns, TurnScales, Scratch, first_page, num_pages,
     block_bytes,
@@ -319,7 +320,7 @@ def store_runs(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_page"])
 def place_slices(
     Arena, PageBlocks, Pages, Places, Scratch, first_page, block_bytes,
     SIDE: tl.constexpr, H: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
