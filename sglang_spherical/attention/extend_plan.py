@@ -8,7 +8,7 @@ import torch
 
 from sglang_spherical.pool.kv_pool import SphericalKVPool
 from spherical_kernels.codec.frames import LayerFrames
-from spherical_kernels.extend.launch import MULTIPROCESSORS, TUNING, run_extend
+from spherical_kernels.extend.launch import MULTIPROCESSORS, run_extend, tuning_for
 from spherical_kernels.extend.new_tokens import NewTokens
 from spherical_kernels.extend.tables import build_tables, locate_entries
 
@@ -55,7 +55,7 @@ class ExtendPlan:
     def _prepare(self, group: int, q: torch.Tensor, k: torch.Tensor, scale: float) -> None:
         layout, arena = self.pool.layout, self.pool.arena
         self._group, self._entries = group, None
-        self.tuning = TUNING
+        self.tuning = tuning_for(layout.head_dim)
         self.tables = build_tables(
             self.req_to_token, self.slots, arena.page_level, self.prefixes, self.lengths,
             page_size=layout.page_size, group=group, kinds=len(layout.levels),

@@ -1,4 +1,5 @@
-"""The extend kernels compile for a GPU that is not here, and spill no registers where they loop.
+"""The extend kernels compile for a GPU that is not here, fit into its shared memory, and spill no
+registers where they loop.
 
 Compiling takes a process of its own: in this one Triton may be interpreting.
 """
@@ -12,6 +13,7 @@ import sys
 import pytest
 
 SCRIPT = """
+import re
 import sys
 from pathlib import Path
 from subprocess import run
@@ -24,38 +26,35 @@ from triton.compiler import ASTSource
 from spherical_kernels.codec.patterns import PATTERNS
 from spherical_kernels.codec.slices import slice_layout
 from spherical_kernels.extend import kernel
-from spherical_kernels.extend.launch import (
-    TUNING as tuning, columns_of, kernel_constants, steps_of_bands,
-)
+from spherical_kernels.extend.launch import frame_constants, kernel_constants, tuning_for
+from spherical_kernels.extend.new_tokens import columns_of, new_rows_constants
 
-name, keys, values, d = sys.argv[1], *map(int, sys.argv[2:])
-keys, values = (slice_layout(PATTERNS[i], 64, d) for i in (keys, values))
-shape = {"D": d, "DC": columns_of(d), "G": 4}
+name, dtype, keys, values, d, page = *sys.argv[1:3], *map(int, sys.argv[3:])
+keys, values = (slice_layout(PATTERNS[i], page, d) for i in (keys, values))
+tuning = tuning_for(d)
 constants = {
     "extend_pages": kernel_constants(keys, values, 4) | {
         "M": tuning.tile_rows, "KIND": 1, "KINDS": 3, "FIRST": True, "STAGES": tuning.stages,
         "PTX": True,
     },
-    "frame_rows": shape | {"STEPS": steps_of_bands(keys), "ROWS": 64},
-    "finish_rows": shape | {
-        "M": tuning.tile_rows, "ROWS": 32, "PLANES": 2, "BANDS": (1, 4), "BLOCK": 32
+    "frame_rows": frame_constants(keys, 4),
+    "finish_rows": {
+        "D": d, "DC": columns_of(d), "G": 4, "M": tuning.tile_rows, "ROWS": 32, "PLANES": 2,
+        "BANDS": (1, 4), "BLOCK": 32,
     },
-    "attend_new_rows": {
-        "D": d, "DP": columns_of(d), "G": 4, "M": tuning.tile_rows, "BLOCK": 64
-    },
+    "attend_new_rows": {"G": 4}
+    | new_rows_constants(d, 4 if dtype == "fp32" else 2, tuning.tile_rows),
 }[name]
 TYPES = {
     "Arena": "*i32", "Entries": "*i64", "Items": "*i32", "Tiles": "*i32", "Requests": "*i32",
-    "Runs": "*i32", "New": "*bf16", "Out": "*bf16", "K": "*bf16", "V": "*bf16",
-    "Framed": "*fp16", "scale": "fp32",
+    "Runs": "*i32", "Framed": "*fp16", "scale": "fp32",
+    **{name: "*" + dtype for name in ("Q", "K", "V", "New", "Out")},
 }
 DEFAULTS = {True: "*fp32", False: "i32"}
 function = getattr(kernel, name)
 types = {}
 for argument in function.arg_names:
     types[argument] = TYPES.get(argument, DEFAULTS[argument[0].isupper()])
-    if argument == "Q":
-        types[argument] = "*fp16" if name == "extend_pages" else "*bf16"
     if argument in constants:
         types[argument] = "constexpr"
 aligned = [i for i, kind in enumerate(types.values()) if kind.startswith("*")]
@@ -65,7 +64,7 @@ source = ASTSource(
     constexprs=constants,
     attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
 )
-warps = {"frame_rows": 8, "finish_rows": 8}.get(name, tuning.warps)
+warps = {"extend_pages": tuning.warps, "attend_new_rows": 4}.get(name, 8)
 options = {"num_warps": warps}
 if name == "extend_pages" and tuning.registers:
     options["maxnreg"] = tuning.registers
@@ -77,35 +76,67 @@ with TemporaryDirectory() as folder:
     usage = run([tools / "cuobjdump", "-res-usage", path], capture_output=True, text=True)
     code = run([tools / "nvdisasm", "-c", path], capture_output=True, text=True).stdout
 print(usage.stdout)
+print("shared", compiled.metadata.shared)
 lines = code.splitlines()
-products = [i for i, line in enumerate(lines) if "HGMMA" in line]
-if name == "extend_pages":  # a few registers may wait in memory from before to behind the loops
-    lines = lines[products[0] : products[-1]]
-print("products", len(products))
+if name == "extend_pages":  # a few registers may wait in memory around the loop over pages
+    labels = {line.strip(" :"): i for i, line in enumerate(lines) if line.startswith(".L_")}
+    branches = [(i, re.search(r"BRA.*`[(](.*)[)]", line)) for i, line in enumerate(lines)]
+    loops = [lines[labels[found[1]] : i] for i, found in branches if found]
+    lines = min((loop for loop in loops if "HGMMA" in "".join(loop)), key=len)
+print("products", sum("HGMMA" in line for line in lines))
 print("spills", sum("STL" in line or "LDL" in line for line in lines))
 """
 
 
+SHARED_BYTES = 227 << 10
+"""That a program may have on Hopper."""
+
+
 @pytest.mark.parametrize(
-    ("name", "keys", "values", "d"),
+    ("name", "keys", "values", "d", "page"),
     [
-        ("extend_pages", 0, 0, 128),
-        ("extend_pages", 2, 3, 128),
-        ("extend_pages", 5, 6, 128),
-        ("extend_pages", 2, 3, 64),
-        ("frame_rows", 2, 3, 128),
-        ("finish_rows", 2, 3, 128),
-        ("attend_new_rows", 2, 3, 128),
+        ("extend_pages", 0, 0, 128, 64),
+        ("extend_pages", 2, 3, 128, 64),
+        ("extend_pages", 5, 6, 128, 64),
+        ("extend_pages", 2, 3, 64, 64),
+        ("extend_pages", 5, 6, 80, 64),  # here operands lie transposed (joined_columns)
+        ("extend_pages", 5, 6, 64, 32),  # likewise
+        ("extend_pages", 0, 0, 96, 64),
+        ("extend_pages", 0, 0, 256, 64),
+        ("frame_rows", 2, 3, 128, 64),
+        ("frame_rows", 2, 3, 256, 64),
+        ("finish_rows", 2, 3, 128, 64),
+        ("attend_new_rows", 2, 3, 128, 64),
+        ("attend_new_rows", 2, 3, 256, 64),
     ],
 )
-def test_compiles_without_spills(name: str, keys: int, values: int, d: int) -> None:
+def test_compiles_without_spills(name: str, keys: int, values: int, d: int, page: int) -> None:
+    found = compile_kernel(
+        name, "fp16" if name == "extend_pages" else "bf16", keys, values, d, page
+    )
+    assert "spills 0\n" in found and "LOCAL:0" in found, found
+    if name == "extend_pages":
+        assert "products 0" not in found  # Hopper's tensor cores
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("attend_new_rows", "fp32"), ("finish_rows", "bf16"), ("extend_pages", "fp16")],
+)
+def test_wide_heads_fit(name: str, dtype: str) -> None:
+    """Registers do not hold these rows of 256 channels, shared memory does."""
+    compile_kernel(name, dtype, 5, 6, 256, 64)
+
+
+def compile_kernel(name: str, dtype: str, keys: int, values: int, d: int, page: int) -> str:
+    """What SCRIPT prints of the kernel. Raises AssertionError where it does not fit."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    arguments = [name, *(str(value) for value in (keys, values, d))]
+    arguments = [name, dtype, *(str(value) for value in (keys, values, d, page))]
     found = subprocess.run(
         [sys.executable, "-c", SCRIPT, *arguments], env=environment, capture_output=True, text=True
     )
     assert found.returncode == 0, found.stderr[-2000:]
-    assert "spills 0\n" in found.stdout and "LOCAL:0" in found.stdout, found.stdout
-    if name == "extend_pages":
-        assert "products 0" not in found.stdout  # Hopper's tensor cores
+    (shared,) = (line for line in found.stdout.splitlines() if line.startswith("shared "))
+    assert int(shared.split()[1]) <= SHARED_BYTES
+    return found.stdout

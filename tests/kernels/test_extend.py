@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from spherical_kernels.decode.reference import (
     attend_entries,
     empty_state,
 )
-from spherical_kernels.extend.launch import FRAMES, Tuning, run_extend
+from spherical_kernels.extend.launch import FRAMES, run_extend, tuning_for
 from spherical_kernels.extend.new_tokens import NewTokens
 from spherical_kernels.extend.reference import attend_new_tokens
 from spherical_kernels.extend.tables import ExtendTables, build_tables, locate_entries
@@ -191,7 +191,7 @@ class Case:
         )
         out, lse = run_extend(
             tables, self.sides, new, q, k, v, memory.to(DEVICE), entries, frames, self.scale,
-            Tuning(tile_rows, warps=4, stages=2, programs=1),
+            replace(tuning_for(self.d), tile_rows=tile_rows),
         )  # fmt: skip
         return out.float().cpu(), lse.cpu()
 
@@ -220,7 +220,7 @@ def test_any_number_of_query_heads(group: int) -> None:
     Case([Request("0110", 9, partial=33)], group=group, kv_heads=2).check()
 
 
-@pytest.mark.parametrize("page_size", [16, 32, 128])
+@pytest.mark.parametrize("page_size", [16, 32])
 def test_other_page_sizes(page_size: int) -> None:
     Case([Request("01120", 9, partial=3)], page_size=page_size).check()
 

@@ -218,14 +218,22 @@ def unpack_rows(
 
 @triton.jit
 def joined_columns(parts, DC: tl.constexpr):
-    """Lanes [rows, W] by band, half, lane -> [rows, DC]."""
+    """Lanes [rows, W] by band, half, lane -> [rows, DC].
+
+    They are integers in between: something must come between the reshape and the product, or
+    Triton 3.6 may try to reshape a transposed operand in shared memory, and ends the process.
+    """
     rows: tl.constexpr = parts[0].shape[0]
+    bits = ()
+    for i in tl.static_range(len(parts)):
+        bits = bits + (parts[i].to(tl.int16, bitcast=True),)
+    parts = bits
     for level in tl.static_range(4 if len(parts) == 16 else 2):  # outermost bit first
         joined = ()
         for i in tl.static_range(len(parts) // 2):
             joined = joined + (tl.join(parts[i], parts[i + len(parts) // 2]),)
         parts = joined
-    return tl.reshape(parts[0], [rows, DC])
+    return tl.reshape(parts[0], [rows, DC]).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -405,8 +413,10 @@ def extend_pages(
 def frame_rows(
     Q, Dual, Centre, Framed, Scales, Near, tokens, kv_heads, first, scale,
     D: tl.constexpr, DC: tl.constexpr, STEPS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Queries of one KV head into the frame and the steps of one kind: ROWS rows by every program.
+    """Queries of one KV head into the frame and the steps of one kind: ROWS rows by every program,
+    BLOCK of their channels at once.
 
     Q       [tokens, kv_heads * G, D]; logits in base 2 are `scale` times q . k
     Dual    float32 [kv_heads, D, D], B; Centre float32 [kv_heads, D]
@@ -416,25 +426,32 @@ def frame_rows(
     head = tl.program_id(1)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     known = r < tokens * G
-    d = tl.arange(0, DC)
-    channel = channel_of(d, D, len(STEPS))
+    column = tl.arange(0, DC)
+    channel = channel_of(column, D, len(STEPS))
     q_row = (r // G * kv_heads + head).to(tl.int64) * G + r % G
-    inside = known[:, None] & (d < D)[None, :]
-    q = tl.load(Q + q_row[:, None] * D + d[None, :], mask=inside, other=0.0)
-    q = q.to(tl.float32) * scale
-    inside = (d < D)[:, None] & (channel < D)[None, :]
     dual = Dual + head.to(tl.int64) * (D * D)
-    turned = tl.load(dual + channel[None, :] * D + d[:, None], mask=inside, other=0.0)
-    framed = tl.dot(q, turned, input_precision="tf32x3") * step_of(d, STEPS)[None, :]
+    framed = tl.zeros([ROWS, DC], tl.float32)
+    near = tl.zeros([ROWS], tl.float32)
+    for start in tl.range(0, DC, BLOCK, num_stages=1):
+        d = start + tl.arange(0, BLOCK)
+        inside = known[:, None] & (d < D)[None, :]
+        q = tl.load(Q + q_row[:, None] * D + d[None, :], mask=inside, other=0.0)
+        q = q.to(tl.float32) * scale
+        inside = (d < D)[:, None] & (channel < D)[None, :]
+        turned = tl.load(dual + channel[None, :] * D + d[:, None], mask=inside, other=0.0)
+        framed = tl.dot(q, turned, framed, input_precision="tf32x3")
+        if first:
+            centre = tl.load(Centre + head * D + d, mask=d < D, other=0.0)
+            near += tl.sum(q * centre[None, :], 1)
+    framed *= step_of(column, STEPS)[None, :]
     peak = tl.max(tl.abs(framed), 1)
     unit = tl.where(peak > 0, peak * 2.0**-8, 1.0)
     place = head.to(tl.int64) * (tokens * G) + r
     framed = (framed / unit[:, None]).to(tl.float16)
-    tl.store(Framed + place[:, None] * DC + d[None, :], framed, mask=known[:, None])
+    tl.store(Framed + place[:, None] * DC + column[None, :], framed, mask=known[:, None])
     tl.store(Scales + place, unit, mask=known)
     if first:
-        centre = tl.load(Centre + head * D + d, mask=d < D, other=0.0)
-        tl.store(Near + place, tl.sum(q * centre[None, :], 1), mask=known)
+        tl.store(Near + place, near, mask=known)
 
 
 @triton.jit
@@ -527,35 +544,36 @@ def finish_rows(
 @triton.jit
 def attend_new_rows(
     Q, K, V, Tiles, Requests, Out, Lse, kv_heads, scale,
-    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Causal attention of a tile's rows to their request's new tokens.
+    """Causal attention of ROWS rows of a tile to their request's new tokens, BLOCK at once.
 
     Q    [tokens, kv_heads * G, D]; K, V [tokens, kv_heads, D]; `scale` times q . k is in base 2
     Out  like Q; Lse float32 [tokens, kv_heads * G], base 2
     """
-    tile, head = tl.program_id(0), tl.program_id(1)
+    tile, head = tl.program_id(0) // (M // ROWS), tl.program_id(1)
     request = tl.load(Tiles + tile * 4)
-    first_row = tl.load(Tiles + tile * 4 + 1)
+    first_row = tl.load(Tiles + tile * 4 + 1) + tl.program_id(0) % (M // ROWS) * ROWS
     first_token = tl.load(Requests + request * 4)
     tokens = tl.load(Requests + request * 4 + 1)
-    r = first_row + tl.arange(0, M)
+    r = first_row + tl.arange(0, ROWS)
     known = r < tokens * G
     d = tl.arange(0, DP)
     b = tl.arange(0, BLOCK)
     at = ((first_token + r // G) * kv_heads + head).to(tl.int64) * G + r % G
     inside = known[:, None] & (d < D)[None, :]
     q = tl.load(Q + at[:, None] * D + d[None, :], mask=inside, other=0.0)
-    top = tl.full([M], NONE, tl.float32)
-    mass = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, DP], tl.float32)
-    last = tl.minimum(tokens, (first_row + M - 1) // G + 1)
+    top = tl.full([ROWS], NONE, tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DP], tl.float32)
+    last = tl.minimum(tokens, (first_row + ROWS - 1) // G + 1)
     for start in range(0, last, BLOCK):
         token = start + b
         place = ((first_token + token) * kv_heads + head).to(tl.int64) * D
         mask = (token < tokens)[:, None] & (d < D)[None, :]
         k = tl.load(K + place[:, None] + d[None, :], mask=mask, other=0.0)
-        dots = tl.dot(q, tl.trans(k)) * scale
+        dots = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
         dots = tl.where(token[None, :] <= (r // G)[:, None], dots, -float("inf"))
         new_top = tl.maximum(top, tl.max(dots, 1))
         fade = tl.exp2(top - new_top)
@@ -563,7 +581,7 @@ def attend_new_rows(
         mass = mass * fade + tl.sum(p, 1)
         top = new_top
         v = tl.load(V + place[:, None] + d[None, :], mask=mask, other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None])
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="tf32x3")
     out = (acc / mass[:, None]).to(Out.dtype.element_ty)
     tl.store(Out + at[:, None] * D + d[None, :], out, mask=inside)
     tl.store(Lse + at, top + tl.log2(mass), mask=known)

@@ -14,14 +14,13 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 
 from ..codec.frames import LayerFrames
 from ..codec.pages import GAUSSIAN_STEP
 from ..codec.patterns import FrameKind
 from ..codec.slices import SliceLayout
 from .kernel import extend_pages, finish_rows, frame_rows
-from .new_tokens import LOG2_E, NewTokens
+from .new_tokens import LOG2_E, NewTokens, columns_of
 from .tables import ExtendTables
 
 SHRUNK, UNITS = 8.0, 4096.0  # of operands (kernel.py)
@@ -58,8 +57,16 @@ class Tuning:
 TUNING = Tuning(tile_rows=64, warps=4, stages=6, programs=2)
 """Of those measured it was within 9 % of the best from 64 to 32,768 rows."""
 
+WIDE_TUNING = Tuning(tile_rows=128, warps=8, stages=6, programs=1)
+"""For head dimensions above 128: pages fill most of a multiprocessor's shared memory, so that the
+warps of its one program share them. Chosen by what the compiler says, not measured."""
+
 MULTIPROCESSORS = 132
 """Of the GPU that the tuning is for."""
+
+
+def tuning_for(head_dim: int) -> Tuning:
+    return TUNING if head_dim <= 128 else WIDE_TUNING
 
 
 def run_extend(
@@ -145,8 +152,7 @@ def _attend_prefix(
         place = planes.index(plane)
         frame_rows[(-(-rows // _FRAME_ROWS), kv_heads)](
             q, frames.key_duals[plane], frames.key_centre, framed, scales, near, tokens,
-            kv_heads, int(not written), scale * LOG2_E, D=d, DC=columns,
-            STEPS=steps_of_bands(keys), G=group, ROWS=_FRAME_ROWS, num_warps=8,
+            kv_heads, int(not written), scale * LOG2_E, **frame_constants(keys, group), num_warps=8,
         )  # fmt: skip
         extend_pages[(items, kv_heads)](
             words, entries, tables.items, tables.requests, tables.runs, framed, scales,
@@ -190,9 +196,14 @@ def _bands(plane: int) -> int:
     return (1, 4)[plane]
 
 
-def columns_of(head_dim: int) -> int:
-    """Width of a row in frame coordinates, padding included."""
-    return max(16, int(triton.next_power_of_2(head_dim)))
+def frame_constants(keys: SliceLayout, group: int) -> dict[str, Any]:
+    """What frame_rows is specialised on. Wide frames come in blocks: whole ones, in three terms,
+    exceed shared memory."""
+    columns = columns_of(keys.head_dim)
+    return {
+        "D": keys.head_dim, "DC": columns, "STEPS": steps_of_bands(keys), "G": group,
+        "ROWS": _FRAME_ROWS, "BLOCK": columns if columns <= 128 else 32,
+    }  # fmt: skip
 
 
 @cache

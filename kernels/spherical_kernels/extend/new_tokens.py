@@ -15,7 +15,8 @@ from .tables import ExtendTables
 
 LOG2_E = 1.4426950408889634
 _WORKSPACE_BYTES = 256 << 20
-_BLOCK = 64  # new tokens read at once
+_ROWS = 64  # of a program
+_BLOCK, _BLOCK_BYTES = 64, 16 << 10  # new tokens read at once, at most; of their keys, likewise
 FLASHINFER_DTYPES = (torch.float16, torch.bfloat16)
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 
@@ -63,12 +64,26 @@ class NewTokens:
         out = torch.empty_like(q)
         lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
         tables = self.tables
-        attend_new_rows[(len(tables.tiles), self.kv_heads)](
+        constants = new_rows_constants(d, q.element_size(), tables.tile_rows)
+        attend_new_rows[(len(tables.tiles) * (constants["M"] // constants["ROWS"]), self.kv_heads)](
             q, k, v, tables.tiles, tables.requests, out, lse, self.kv_heads, self.scale * LOG2_E,
-            D=d, DP=max(16, triton.next_power_of_2(d)), G=heads // self.kv_heads,
-            M=tables.tile_rows, BLOCK=_BLOCK, num_warps=4 if tables.tile_rows <= 64 else 8,
+            G=heads // self.kv_heads, **constants, num_warps=4,
         )  # fmt: skip
         return out, lse
+
+
+def new_rows_constants(head_dim: int, element_bytes: int, tile_rows: int) -> dict[str, int]:
+    """What our kernel is specialised on, but for the query heads of a KV head."""
+    columns = columns_of(head_dim)
+    block = min(_BLOCK, _BLOCK_BYTES // (columns * element_bytes))
+    return {
+        "D": head_dim, "DP": columns, "M": tile_rows, "ROWS": min(_ROWS, tile_rows), "BLOCK": block
+    }  # fmt: skip
+
+
+def columns_of(head_dim: int) -> int:
+    """Width of a row in registers, padding included."""
+    return max(16, int(triton.next_power_of_2(head_dim)))
 
 
 def _flashinfer() -> Any:
