@@ -129,12 +129,14 @@ class Simulation:
         while waiting and budget > 0:
             self._lock(waiting[0])
             new = waiting[0].filled - waiting[0].hit_tokens
-            # SGLang's own estimate: each request may open one more page.
-            if not self._room(need + new + self.allocator.page_size):
+            need += new + self.allocator.page_size  # as SGLang counts: one more page for each
+            if need > self.allocator.available_size() + self.tree.evictable_size():
                 self.tree.dec_lock_ref(waiting[0].last_node)
+                need -= new + self.allocator.page_size
                 break
-            need, budget = need + new + self.allocator.page_size, budget - new
+            budget -= new
             batch.append(waiting.popleft())
+        self._make_room(need)
         if not batch:
             if not self.running:
                 raise ValueError(f"{waiting[0].filled} tokens do not fit: more --pool-tokens")
@@ -159,22 +161,21 @@ class Simulation:
 
         The last token is cached too: the overlap scheduler has run a step more.
         """
-        for req in self.running:
+        ends = [req.filled + len(req.answer) for req in self.running]
+        pages = sum(self._pages(end) - self._pages(r.filled) for r, end in zip(self.running, ends))
+        self._make_room(pages * self.allocator.page_size)
+        self.allocator.take(pages)
+        for req, end in zip(self.running, ends):
             req.output_ids.extend(req.answer)
-            end = req.filled + len(req.answer)
-            pages = self._pages(end) - self._pages(req.filled)
-            self._room(pages * self.allocator.page_size)
-            self.allocator.take(pages)
             req.filled = end
             self.tree.cache_finished_req(req, kv_len_to_handle=end)
             self.rows.free_slots.append(req.req_pool_idx)
         self.running = []
 
-    def _room(self, tokens: int) -> bool:
+    def _make_room(self, tokens: int) -> None:
         short = tokens - self.allocator.available_size()
         if short > 0:
             self.tree.evict(EvictParams(num_tokens=short))
-        return self.allocator.available_size() >= tokens
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.allocator.page_size)
