@@ -39,7 +39,8 @@ tuning = Tuning(**given["tuning"]) if given["tuning"] else tuning_for(kinds, giv
 constants = kernel_constants(kinds, given["group"], tuning)
 constants |= {"PTX": True, "PDL": given["capability"] >= 90}
 types = {
-    "signs": "i32", "Arena": "*i8", "Items": "*i32", "Pages": "*i32", "Blocks": "*i32", "Places": "*i32",
+    "signs": "i32", "Arena": "*i8", "Items": "*i32", "Pages": "*i32", "Blocks": "*i32",
+    "Places": "*i32",
     "Parts": "*i8", "Units": "*fp32", "Out": "*fp32", "Lse": "*fp32",
 } | dict.fromkeys(
     ("max_pages", "blocks_per_page", "block_bytes", "kind_stride", "kv_heads", "stride"), "i32"

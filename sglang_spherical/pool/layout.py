@@ -17,7 +17,7 @@ import torch
 from sglang_spherical.config import TIERS, SphericalConfig
 from sglang_spherical.errors import StartupError
 from spherical_kernels.codec.patterns import PATTERN_ID, FrameKind, Pattern
-from spherical_kernels.codec.slices import ALIGNMENT, SliceLayout, slice_layout
+from spherical_kernels.codec.slices import ALIGNMENT, SliceLayout, slice_alignment, slice_layout
 
 # Places of a descriptor's fields, low bits first. The sign bit stays clear.
 PATTERN_BITS, SLOT_BITS, OFFSET_BITS = 4, 6, 21
@@ -197,7 +197,8 @@ def _block_sizes(
     if needed < max(side.size_bytes for pair in layouts for side in pair):
         return []
     top = int(needed * SLACK)
-    step = max(ALIGNMENT, (top - needed) // CANDIDATES // ALIGNMENT * ALIGNMENT)
+    unit = slice_alignment(layouts[0][0].head_dim)
+    step = max(unit, (top - needed) // CANDIDATES // unit * unit)
     sizes = [side.size_bytes for pair in layouts for side in pair]
     sizes += [keys.size_bytes + values.size_bytes for keys, values in layouts]
     fitted = {size * (top // size) for size in sizes}

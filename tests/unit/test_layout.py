@@ -17,7 +17,7 @@ from sglang_spherical.pool.layout import (
     split_descriptor,
 )
 from spherical_kernels.codec.patterns import PATTERN_ID, PATTERNS
-from spherical_kernels.codec.slices import ALIGNMENT
+from spherical_kernels.codec.slices import slice_alignment
 
 Geometry = tuple[int, int, int]
 """Layers, KV heads of a rank, head dimension."""
@@ -68,8 +68,8 @@ def test_slices_lie_apart_inside_the_blocks_of_their_page(name: str, page_size: 
         assert int(block.min()) == 0
         assert int(block.max()) == layout.blocks[level] - 1, "every counted block holds something"
         assert bool((end <= layout.block_bytes).all()), "no slice straddles a block"
-        assert bool((first % ALIGNMENT == 0).all())
-        assert layout.block_bytes % ALIGNMENT == 0
+        assert bool((first % slice_alignment(layout.head_dim) == 0).all())
+        assert layout.block_bytes % slice_alignment(layout.head_dim) == 0
         start = block * layout.block_bytes + first
         order = start.argsort()
         ends = (block * layout.block_bytes + end)[order]

@@ -3,7 +3,6 @@
     HOT          | radii fp16 [page_size] | tiles |
     CALIBRATED   | centroid u8 [d] | scales fp16 [8 or 16] | radii u16 [page_size] | tiles |
 
-Slices and tiles start at multiples of 32 bytes, the pieces in which a GPU reads its memory.
 The centroid is an 8-bit angle code in the slice's own frame. `scales` holds the unit of the radii,
 then the centroid's radius; the rest is zero, as much as the place of the tiles asks for. The radii
 of a token are one 16-bit word of 4 bits per band (radii.py); a band without codes has zeros there.
@@ -30,9 +29,18 @@ FEWEST_SCALES = 8
 UNIT, CENTROID = 0, 1
 """Places among them of the unit of the radii and of the centroid's radius."""
 
-ALIGNMENT = 32
-"""Slices and their tiles start at multiples of this many bytes. Rows cut by a GPU's 32-byte sectors
-would be read twice."""
+ALIGNMENT = 16
+"""Slices and their sections start at multiples of this many bytes."""
+
+WIDE_HEAD_DIM = 128
+"""From this head dimension on slices and tiles start at multiples of 32 bytes, the pieces in which
+a GPU reads its memory: rows that these cut are read twice. Padding smaller slices costs more bits
+than cached tiers can give (docs/format.md)."""
+
+
+def slice_alignment(head_dim: int) -> int:
+    """What the size of every slice and the place of its tiles is a multiple of, in bytes."""
+    return 2 * ALIGNMENT if head_dim >= WIDE_HEAD_DIM else ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,7 @@ class SliceLayout:
     def scales(self) -> int:
         """float16 numbers of the header, padding included."""
         end = self.head_dim + 2 * FEWEST_SCALES + self.radii_bytes
-        return FEWEST_SCALES + -end % ALIGNMENT // 2 if self.calibrated else 0
+        return FEWEST_SCALES + -end % slice_alignment(self.head_dim) // 2 if self.calibrated else 0
 
     @property
     def radii_offset_bytes(self) -> int:
@@ -134,10 +142,10 @@ class SliceLayout:
 
     @cached_property
     def size_bytes(self) -> int:
-        """All of the slice, padded to `ALIGNMENT`."""
-        last = self.tiles[-1]
+        """All of the slice, padded to `slice_alignment`."""
+        last, unit = self.tiles[-1], slice_alignment(self.head_dim)
         end = last.offset_bytes + last.row_bytes * self.page_size
-        return -(-end // ALIGNMENT) * ALIGNMENT
+        return -(-end // unit) * unit
 
 
 @cache
