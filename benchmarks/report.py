@@ -4,7 +4,7 @@ usage: python benchmarks/report.py RESULT.json [--plot OUT.png]
 
 Prints Markdown: every row beside its peers, ratios in brackets. The plot has two parts: the share
 of the copy bandwidth by bytes read, which a roof of 1 bounds, and the time of the warm rows by
-tokens read, whose slope is what a token costs.
+tokens read, of one request and of several; its slope is what a token costs.
 """
 
 from __future__ import annotations
@@ -77,10 +77,18 @@ def plot(found: dict[str, Any], path: Path) -> None:
     warm.sort(key=_tokens)
     for key, name in {"ours_us": "ours, warm", **PEERS}.items():
         known = [row for row in warm if row.get(key)]
-        times = [row[key] for row in known]
-        slope.plot([_tokens(row) / 1024 for row in known], times, marker="o", label=name)
+        alone = [row for row in known if row["shape"]["batch"] == 1]
+        several = [row for row in known if row["shape"]["batch"] > 1]
+        (line,) = slope.plot(
+            [_tokens(row) / 1024 for row in alone], [row[key] for row in alone],
+            marker="o", label=name,
+        )  # fmt: skip
+        slope.scatter(
+            [_tokens(row) / 1024 for row in several], [row[key] for row in several],
+            color=line.get_color(), marker="x",
+        )  # fmt: skip
     slope.set(xscale="log", yscale="log", xlabel="thousand tokens read", ylabel="µs of a layer")
-    slope.set_title("8 KV heads × 4, d = 128")
+    slope.set_title("8 KV heads × 4, d = 128; lines: one request, crosses: several")
     slope.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
