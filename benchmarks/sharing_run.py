@@ -331,34 +331,41 @@ def run(benchmark: str, shape: Shape, args: argparse.Namespace) -> None:
 
 
 def measure(benchmark: str, shape: Shape, args: argparse.Namespace) -> None:
-    """`run` with a model folder."""
+    """`run` with a model folder. What is done is saved after every server."""
     args.kv_bytes = args.pool_tokens * dense_bytes_per_token(args.model)
+    args.run_id = f"{benchmark}-{args.model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     text = read_text(args.model, args.text)
-    cells = [cell for name in args.servers for cell in serve(name, shape, text, args)]
+    cells: list[Cell] = []
+    for name in args.servers:
+        cells += serve(name, shape, text, args)
+        save(args.json, result(shape, cells, args))
     if args.scored:
         longest = max(len(s.prompt) + len(s.answer) for c in cells for s in c.scored)
         room = max(2 * longest, args.pool_tokens)  # it reads one at a time
         reference = flags("bf16", argparse.Namespace(**{**vars(args), "pool_tokens": room}))
         with launch(args.model, args=reference) as server:
             score(server.url, cells)
-    rows = [cell.row for cell in cells]
+        save(args.json, result(shape, cells, args))
+    print(table([cell.row for cell in cells]))
+    if args.plot:
+        plot(result(shape, cells, args), args.plot)
+
+
+def result(shape: Shape, cells: list[Cell], args: argparse.Namespace) -> dict[str, Any]:
+    """The JSON."""
     tiers = [
         {key: cell.row[key] for key in ("workload", "working_set")} | {"samples": cell.tiers}
         for cell in cells
         if cell.tiers
     ]
-    found = {
+    return {
         "command": command(),
-        "run_id": f"{benchmark}-{args.model_name}-{time.strftime('%Y%m%d-%H%M%S')}",
+        "run_id": args.run_id,
         "model": args.model_name,
         "settings": settings(shape, args),
-        "rows": rows,
+        "rows": [cell.row for cell in cells],
         "tiers": tiers,
     }
-    print(table(rows))
-    save(args.json, found)
-    if args.plot:
-        plot(found, args.plot)
 
 
 def command() -> str:
