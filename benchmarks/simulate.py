@@ -34,6 +34,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParam
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+from sharing_run import command
 from sharing_workload import VOCABULARY, WORKLOADS, Shape, Source, Workload
 from tqdm import tqdm
 
@@ -339,7 +340,7 @@ def main() -> None:
                     say(rows[-1])
     layers, kv_heads, head_dim = geometry(args.model)
     shown = {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim}
-    save(args.json, {"geometry": shown, "rows": rows})
+    save(args.json, {"command": command(), "geometry": shown, "rows": rows})
 
 
 if __name__ == "__main__":
