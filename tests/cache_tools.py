@@ -41,7 +41,7 @@ def head_frames(pattern: Pattern, heads: int, head_dim: int, seed: int = 0) -> H
 
 
 TINY = {"page_size": 16, "head_dim": 32, "layers": 2, "kv_heads": 2}
-"""Hot, warm and cold pages of 4, 3 and 2 blocks."""
+"""Hot pages of 4 blocks, warm ones of 3, all others of 2."""
 
 
 def tiny_layout(**changes: int) -> PageLayout:

@@ -116,11 +116,13 @@ def decode_then_attend(q: torch.Tensor, groups: list[Entries]) -> AttentionState
 def assert_same(actual: AttentionState, expected: AttentionState) -> None:
     attended = expected.lse > -torch.inf
     assert_close(actual.lse, expected.lse, max_error=MAX_ERROR, rms_error=RMS_ERROR, name="lse")
+    # frames spread channels over a factor of 50: float32 is as exact as the largest of a sum
+    largest = float(expected.out[attended].abs().max().clamp_min(1))
     assert_close(
         actual.out[attended],
         expected.out[attended],
-        max_error=MAX_ERROR,
-        rms_error=RMS_ERROR,
+        max_error=MAX_ERROR * largest,
+        rms_error=RMS_ERROR * largest,
         name="out",
     )
 

@@ -39,7 +39,7 @@ KINDS = 3  # kinds of page content; a page of kind t holds tokens 16 t .. 16 t +
 RECENT = 32
 MAX_TOKENS = 12 * PAGE
 
-LAYOUT = PageLayout(PAGE, 32, 4, 2, default_levels(SphericalConfig("spherical")), 16, 928)
+LAYOUT = PageLayout(PAGE, 32, 4, 2, default_levels(SphericalConfig("spherical")), 16, 864)
 """Small pages, and yet no two levels cost the same: a block holds one hot slice, or one and a
 half."""
 
