@@ -74,7 +74,11 @@ class PageLayout:
         for hot_blocks in range(1, MOST_BLOCKS + 1):
             for block_bytes in _block_sizes(sides, layers * kv_heads, hot_blocks):
                 layout = cls(page_size, head_dim, layers, kv_heads, levels, hot_blocks, block_bytes)
-                if block_bytes // ALIGNMENT >> OFFSET_BITS or not layout._fits(hot_blocks):
+                if block_bytes // ALIGNMENT >> OFFSET_BITS:
+                    continue
+                if best is not None and layout.waste(layout._fewest_blocks) >= best[0]:
+                    continue  # without packing it: most of the candidates
+                if not layout._fits(hot_blocks):
                     continue
                 waste = layout.waste()
                 if best is None or waste < best[0]:
@@ -100,7 +104,17 @@ class PageLayout:
     @cached_property
     def cost_tokens(self) -> tuple[int, ...]:
         """Hot-token equivalents of a page, by level; `page_size` at level 0."""
-        return tuple(-(-blocks * self.page_size // self.hot_blocks) for blocks in self.blocks)
+        return tuple(self._cost_of(blocks) for blocks in self.blocks)
+
+    def _cost_of(self, blocks: int) -> int:
+        return -(-blocks * self.page_size // self.hot_blocks)
+
+    @property
+    def _fewest_blocks(self) -> tuple[int, ...]:
+        """Blocks by level if slices could straddle them."""
+        pairs = (self.side_layouts(level) for level in range(len(self.levels)))
+        sizes = (sum(side.size_bytes for side in pair) for pair in pairs)
+        return tuple(-(-self.layers * self.kv_heads * size // self.block_bytes) for size in sizes)
 
     def finest_of_cost(self, level: int) -> int:
         """The finest level whose pages cost what those of `level` do: small pages round up."""
@@ -134,13 +148,15 @@ class PageLayout:
         """Slice layouts of keys and values at a level."""
         return level_sides(self.levels[level], self.page_size, self.head_dim)
 
-    def waste(self) -> float:
-        """What pages cost over the bytes of their slices, summed over the levels by weight."""
+    def waste(self, blocks_of: tuple[int, ...] | None = None) -> float:
+        """What pages cost over the bytes of their slices, summed over the levels by weight.
+
+        blocks_of  blocks of a page by level, if not what packing needs; fewer never waste more
+        """
         total, unit = 0.0, self.hot_blocks * self.block_bytes / self.page_size
-        for level, (rung, blocks, cost) in enumerate(
-            zip(self.levels, self.blocks, self.cost_tokens)
-        ):
+        for level, (rung, blocks) in enumerate(zip(self.levels, blocks_of or self.blocks)):
             pair = sum(side.size_bytes for side in self.side_layouts(level))
+            cost = self._cost_of(blocks)
             counted = (blocks * self.block_bytes + cost * unit) / 2
             ratio = counted / (self.layers * self.kv_heads * pair) - 1
             total += ratio * WASTE_WEIGHTS.get(rung.name, PASSING_WEIGHT)
