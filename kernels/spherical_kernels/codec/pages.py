@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 
-from .radii import CODES, LARGEST_RADIUS, nearest_codes, pack_radii, radius_table, unpack_radii
+from .radii import CODES, LARGEST_RADIUS, nearest_codes, pack_radii, radii_of_words, radius_table
 from .slices import CENTROID, UNIT, SliceLayout, read_codes, write_codes
 
 GAUSSIAN_STEP = {0: 0.0, 2: 0.9957, 4: 0.3352, 6: 0.1041, 8: 0.0308}
@@ -167,8 +167,7 @@ def read_radii(layout: SliceLayout, slices: torch.Tensor) -> torch.Tensor:
     words = _radius_words(layout, slices)
     if not layout.calibrated:
         return words.view(torch.float16).float().unsqueeze(1)
-    table = radius_table(slices.device)
-    radii = table[unpack_radii(words, layout.bands)].transpose(1, 2)
+    radii = radii_of_words(words).transpose(1, 2)
     unit = _scales(layout, slices)[:, UNIT].float().view(-1, 1, 1)
     return radii * (unit * steps_of(layout.pattern.bits, slices.device).squeeze(-1))
 
