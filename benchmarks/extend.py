@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import triton
+from timing import graph_us, kernel_us
 
 from spherical_kernels.codec.frames import LayerFrames, calibrated_frame, signed_hadamard
 from spherical_kernels.codec.patterns import PATTERNS
@@ -209,30 +210,6 @@ class Batch:
         assert_close(error, torch.zeros_like(error), **bounds, name="out")
         assert_close(lse[tokens], wanted_lse, max_error=3e-3, rms_error=1e-3, name="lse")
         return float(error.max()), float(error.square().mean().sqrt())
-
-
-def graph_us(function: Callable[[], object]) -> float:
-    """Median microseconds of a replay of `function`'s CUDA graph, the L2 cache cold."""
-    function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return triton.testing.do_bench(graph.replay, warmup=10, rep=60, return_mode="median") * 1e3
-
-
-def kernel_us(function: Callable[[], object]) -> dict[str, float]:
-    """Microseconds of every kernel of one call."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        function()
-        torch.cuda.synchronize()
-    times: dict[str, float] = {}
-    for event in found.events():
-        name = event.name[:40]
-        times[name] = round(times.get(name, 0.0) + event.device_time_total, 1)
-    return times
 
 
 def peak_bytes(function: Callable[[], object]) -> int:

@@ -16,7 +16,6 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -27,35 +26,12 @@ import torch
 import triton
 from decode_cases import SHAPES, Batch, Shape
 from decode_peers import PEERS
-from timing import copy_gb_s
+from timing import copy_gb_s, graph_us, kernel_us
 
 from spherical_kernels.decode.launch import Tuning, tuning_for
 
 TIERS = ("hot", "warm", "cold", "mixed", "random")
 Row = dict[str, Any]
-
-
-def graph_us(function: Callable[[], object]) -> float:
-    """Median microseconds of a replay of `function`'s CUDA graph, the L2 cache cold."""
-    function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return triton.testing.do_bench(graph.replay, warmup=10, rep=60, return_mode="median") * 1e3
-
-
-def kernel_us(function: Callable[[], object]) -> dict[str, float]:
-    """Microseconds of every kernel of one call, the L2 cache as it comes."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        function()
-        torch.cuda.synchronize()
-    times: dict[str, float] = {}
-    for event in found.events():
-        times[event.name] = round(times.get(event.name, 0.0) + event.device_time_total, 1)
-    return times
 
 
 def tunings(base: Tuning) -> list[Tuning]:

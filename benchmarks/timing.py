@@ -47,6 +47,30 @@ def launch_us(launches: list[Callable[[], object]], cold: bool) -> float:
     return (whole - (replay_us(lambda: run(False)) if cold else 0.0)) / len(launches)
 
 
+def graph_us(function: Callable[[], object]) -> float:
+    """Median microseconds of a replay of `function`'s CUDA graph, the L2 cache cold."""
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return triton.testing.do_bench(graph.replay, warmup=10, rep=60, return_mode="median") * 1e3
+
+
+def kernel_us(function: Callable[[], object]) -> dict[str, float]:
+    """Microseconds of every kernel of one call, the L2 cache as it comes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        function()
+        torch.cuda.synchronize()
+    times: dict[str, float] = {}
+    for event in found.events():
+        name = event.name[:40]
+        times[name] = round(times.get(name, 0.0) + event.device_time_total, 1)
+    return times
+
+
 def copy_gb_s() -> float:
     """Bytes read and written per second by a large device-to-device copy, in GB/s."""
     source = torch.empty(1 << 30, dtype=torch.float32, device="cuda").normal_()
