@@ -22,8 +22,9 @@ demo: setup
 serve: setup
 	$(BIN)/python -m sglang_spherical serve $(MODEL_FLAG) --port $(PORT) -- $(ARGS)
 
+# Two processes with a thread each: most tests are too small for more threads.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: setup
 	$(BIN)/ruff check

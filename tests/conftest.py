@@ -1,4 +1,4 @@
-"""Shared fixtures, and the rule that skips GPU tests where there is no GPU."""
+"""Shared fixtures, and the rules that skip GPU tests where there is no GPU and keep servers apart."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "e2e" in item.keywords:  # one after the other: they take free ports, and much memory
+            item.add_marker(pytest.mark.xdist_group("servers"))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
