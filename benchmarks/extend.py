@@ -38,7 +38,6 @@ from spherical_kernels.extend.launch import (
     Tuning,
     run_extend,
 )
-from spherical_kernels.extend.new_tokens import NewTokens
 from spherical_kernels.extend.tables import ExtendTables, build_tables, locate_entries
 from spherical_kernels.testing import assert_close
 
@@ -151,17 +150,11 @@ class Batch:
             most_items=MULTIPROCESSORS * tuning.programs // shape.kv_heads,
         )  # fmt: skip
 
-    def runner(
-        self, tuning: Tuning, flashinfer: bool | None
-    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    def runner(self, tuning: Tuning) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         """All of a layer, planned."""
-        shape, tables = self.shape, self.tables_for(tuning)
-        heads = shape.kv_heads * shape.group
-        new = NewTokens(
-            tables, heads, shape.kv_heads, shape.head_dim, self.scale, torch.bfloat16, flashinfer
-        )
+        tables = self.tables_for(tuning)
         return lambda: run_extend(
-            tables, self.kinds, new, self.q, self.k, self.v, self.arena, self.entries, self.frames,
+            tables, self.kinds, self.q, self.k, self.v, self.arena, self.entries, self.frames,
             self.scale, tuning,
         )  # fmt: skip
 
@@ -246,12 +239,12 @@ def flashinfer_runner(shape: Shape) -> tuple[Callable[[], object], int] | None:
     return lambda: wrapper.run(q, cache), cache.numel() * 2
 
 
-def sweep(batch: Batch, flashinfer: bool | None) -> list[dict[str, Any]]:
+def sweep(batch: Batch) -> list[dict[str, Any]]:
     """Times of all candidates, the best first."""
     found = []
     for tuning in CANDIDATES:
         try:
-            run = batch.runner(tuning, flashinfer)
+            run = batch.runner(tuning)
             batch.check(*run())
             found.append({"us": graph_us(run), **asdict(tuning)})
         except Exception as error:
@@ -266,19 +259,18 @@ def measure(name: str, shape: Shape, sweeps: dict[str, Any] | None) -> dict[str,
     """Checks, then times one shape."""
     batch = Batch(shape)
     if sweeps is not None:
-        sweeps[name] = sweep(batch, False)
+        sweeps[name] = sweep(batch)
         best = {key: value for key, value in sweeps[name][0].items() if key != "us"}
         tuning = Tuning(**best)
     else:
         tuning = TUNING
     row: dict[str, Any] = {"name": name, "shape": asdict(shape), "tuning": asdict(tuning)}
-    run = batch.runner(tuning, None)
+    run = batch.runner(tuning)
     row["max_error"], row["rms_error"] = batch.check(*run())
     row["ours_us"] = graph_us(run)
     row["ours_peak_bytes"] = peak_bytes(run)
     row["ours_cache_bytes"] = batch.arena.numel()
     row["kernels_us"] = kernel_us(run)
-    row["own_new_tokens_us"] = graph_us(batch.runner(tuning, False))
     peer = flashinfer_runner(shape)
     if peer is not None:
         row["flashinfer_us"] = graph_us(peer[0])
@@ -288,7 +280,7 @@ def measure(name: str, shape: Shape, sweeps: dict[str, Any] | None) -> dict[str,
     flop = 4 * shape.kv_heads * shape.group * shape.head_dim * shape.new
     row["ours_tflop_s"] = flop * (shape.prefix + shape.new / 2) / row["ours_us"] / 1e6
     print(
-        f"{name}: {row['ours_us']:.1f} us ({row['own_new_tokens_us']:.1f} without FlashInfer), "
+        f"{name}: {row['ours_us']:.1f} us, "
         f"{row['ours_tflop_s']:.0f} TFLOP/s, FlashInfer {row.get('flashinfer_us', 0):.1f} us, "
         f"ratio {row.get('ours_over_flashinfer', 0):.3f}, allocates "
         f"{row['ours_peak_bytes'] / 2**20:.0f} MiB over {row['ours_cache_bytes'] / 2**20:.0f}, "
@@ -315,7 +307,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.compile is not None:
-        Batch(Shape(40, 256)).runner(CANDIDATES[args.compile], False)()
+        Batch(Shape(40, 256)).runner(CANDIDATES[args.compile])()
         return
     if args.sweep:
         compile_all()

@@ -20,6 +20,8 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +96,10 @@ def capacity(server: Server) -> dict[str, Any]:
     }
 
 
-def run(name: str, model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One server: its points, one line each as they come."""
+def run(
+    name: str, model: str, args: argparse.Namespace, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """One server: its points, one line each as they come, and handed to `keep` each time."""
     points = [tuple(map(int, point.split(","))) for point in args.points]
     widest = str(max(batch for _, batch in points))
     flags = [*COMMON, *SERVERS[name], "--cuda-graph-max-bs-decode", widest]
@@ -121,6 +125,7 @@ def run(name: str, model: str, args: argparse.Namespace) -> dict[str, Any]:
                 result["failed"] = {"context": context, "batch": batch, "error": str(error)[:300]}
                 break
             rows.append(row)
+            keep(result)
             print(
                 f"{name:15s} {context:6d} x{batch:3d}  ITL {row['itl_ms']:7.3f} ms  "
                 f"{row['tokens_per_s']:8.1f} tok/s  fill {row['fill_s']:6.2f} s  "
@@ -169,14 +174,18 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B))
+        model_name = Path(args.model).name if args.model else "Llama-3.1-8B geometry"
+
+        def keep(name: str, result: dict[str, Any]) -> None:
+            found[name] = result
+            save(args.json, {"command": command(), "model": model_name, "servers": found})
+
         for name in args.servers:
             try:
-                found[name] = run(name, args.model or folder, args)
+                keep(name, run(name, args.model or folder, args, partial(keep, name)))
             except ServerFailed as error:
                 print(f"{name}: {str(error)[:500]}", flush=True)
-                found[name] = {"failed": str(error).partition(" (log:")[0][:500]}
-            model_name = Path(args.model).name if args.model else "Llama-3.1-8B geometry"
-            save(args.json, {"command": command(), "model": model_name, "servers": found})
+                keep(name, {"failed": str(error).partition(" (log:")[0][:500]})
     print(table(found))
 
 

@@ -1,4 +1,4 @@
-"""Shared fixtures, and the rules that skip GPU tests where there is no GPU and keep servers apart."""
+"""Shared fixtures; GPU tests are skipped where there is no GPU, servers start one at a time."""
 
 from __future__ import annotations
 

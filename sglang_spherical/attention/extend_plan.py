@@ -9,7 +9,6 @@ import torch
 from sglang_spherical.pool.kv_pool import SphericalKVPool
 from spherical_kernels.codec.frames import LayerFrames
 from spherical_kernels.extend.launch import MULTIPROCESSORS, run_extend, tuning_for
-from spherical_kernels.extend.new_tokens import NewTokens
 from spherical_kernels.extend.tables import build_tables, locate_entries
 
 ENTRY_BYTES = 16  # of a page, layer and KV head: two addresses
@@ -43,16 +42,16 @@ class ExtendPlan:
         """q [tokens, q_heads, d], k and v [tokens, kv_heads, d] -> out like q."""
         group = q.shape[1] // k.shape[1]
         if group != self._group:
-            self._prepare(group, q, k, scale)
+            self._prepare(group)
         arena = self.pool.arena
         out, _ = run_extend(
-            self.tables, arena.kinds, self.new_tokens, q, k, v, arena.bytes,
+            self.tables, arena.kinds, q, k, v, arena.bytes,
             self._entries_of(layer), LayerFrames(*self.pool.frames.of_layer(layer)), scale,
             self.tuning,
         )  # fmt: skip
         return out
 
-    def _prepare(self, group: int, q: torch.Tensor, k: torch.Tensor, scale: float) -> None:
+    def _prepare(self, group: int) -> None:
         layout, arena = self.pool.layout, self.pool.arena
         self._group, self._entries = group, None
         self.tuning = tuning_for(layout.head_dim)
@@ -63,9 +62,6 @@ class ExtendPlan:
             most_items=max(1, MULTIPROCESSORS * self.tuning.programs // layout.kv_heads),
             present=self.pool.levels_seen,
         )  # fmt: skip
-        self.new_tokens = NewTokens(
-            self.tables, q.shape[1], k.shape[1], layout.head_dim, scale, q.dtype
-        )
 
     def _entries_of(self, layer: int) -> torch.Tensor:
         """Addresses of the slices of all pages in a layer: int64 [kv_heads, pages, 2]."""

@@ -35,12 +35,12 @@ tuning = tuning_for(d)
 constants = {
     "extend_pages": kernel_constants(keys, values, 4) | {
         "M": tuning.tile_rows, "KIND": 1, "KINDS": 3, "FIRST": True, "STAGES": tuning.stages,
-        "PTX": True,
+        "PTX": True, "PDL": True, "EARLIEST": True,
     },
-    "frame_rows": frame_constants(keys, 4),
+    "frame_rows": frame_constants([slice_layout(PATTERNS[0], page, d), keys], 4) | {"PDL": True},
     "finish_rows": {
         "D": d, "DC": columns_of(d), "G": 4, "M": tuning.tile_rows, "ROWS": 32, "PLANES": 2,
-        "BANDS": (1, 4), "BLOCK": 32,
+        "BANDS": (1, 4), "BLOCK": 32, "PDL": True,
     },
     "attend_new_rows": {"G": 4}
     | new_rows_constants(d, 4 if dtype == "fp32" else 2, tuning.tile_rows),

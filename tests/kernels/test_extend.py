@@ -18,7 +18,6 @@ from spherical_kernels.decode.reference import (
     empty_state,
 )
 from spherical_kernels.extend.launch import FRAMES, run_extend, tuning_for
-from spherical_kernels.extend.new_tokens import NewTokens
 from spherical_kernels.extend.reference import attend_new_tokens
 from spherical_kernels.extend.tables import ExtendTables, build_tables, locate_entries
 from spherical_kernels.testing import POISON, assert_close
@@ -161,7 +160,7 @@ class Case:
                     memory[at : at + len(one)] = one
         return memory, blocks, block_of, offset_of, block_bytes
 
-    def tables(self, tile_rows: int = 64, most_items: int = 3) -> ExtendTables:
+    def tables(self, tile_rows: int | None = None, most_items: int = 3) -> ExtendTables:
         width = max(1, max(len(r.levels) for r in self.requests)) * self.page_size
         req_to_token = torch.full((len(self.requests) + 2, width), 1 << 30, dtype=torch.int32)
         slots = torch.arange(len(self.requests)).flip(0) + 1
@@ -173,11 +172,14 @@ class Case:
         return build_tables(
             req_to_token.to(DEVICE), slots.to(DEVICE), self.levels.to(torch.uint8).to(DEVICE),
             self.prefixes, [r.new for r in self.requests], page_size=self.page_size,
-            group=self.group, kinds=len(self.tiers), tile_rows=tile_rows, most_items=most_items,
+            group=self.group, kinds=len(self.tiers),
+            tile_rows=tile_rows or tuning_for(self.d).tile_rows, most_items=most_items,
             present=self.present,
         )  # fmt: skip
 
-    def actual(self, tile_rows: int = 64, most_items: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    def actual(
+        self, tile_rows: int | None = None, most_items: int = 3
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         tables = self.tables(tile_rows, most_items)
         memory, *places, block_bytes = self.arena()
         places = [place.to(DEVICE) for place in places]
@@ -185,14 +187,18 @@ class Case:
         q, k, v = (x.to(DEVICE) for x in (self.q, self.k, self.v))
         names = "key_duals", "value_duals", "key_centre", "value_centre"
         frames = LayerFrames(*(getattr(self.frames, name).to(DEVICE) for name in names))
-        heads = self.kv_heads * self.group
-        new = NewTokens(
-            tables, heads, self.kv_heads, self.d, self.scale, self.dtype, flashinfer=False
-        )
         out, lse = run_extend(
-            tables, self.sides, new, q, k, v, memory.to(DEVICE), entries, frames, self.scale,
-            replace(tuning_for(self.d), tile_rows=tile_rows),
-        )  # fmt: skip
+            tables,
+            self.sides,
+            q,
+            k,
+            v,
+            memory.to(DEVICE),
+            entries,
+            frames,
+            self.scale,
+            replace(tuning_for(self.d), tile_rows=tables.tile_rows),
+        )
         return out.float().cpu(), lse.cpu()
 
     def check(self, slack: float = 1.0, **cut: int) -> None:

@@ -31,8 +31,6 @@ def frame_queries(
     Units   float32 [..., BANDS], what an integer of the band stands for, base 2; the same for all
             bands where the query has one unit
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0) % kv_heads
     of_frame = tl.program_id(1)
     if PDL:
@@ -93,45 +91,23 @@ def store_integers(
 
 
 @triton.jit
-def weigh_items(Lse, first, end, stride, SPLITS: tl.constexpr, GP: tl.constexpr):
-    """log2 of what items weigh together, in every row, split and query head (rows of both).
-
-    first, end  [ROWS] of the split: it takes items first, first + SPLITS, ... below `end`
-    Returns it over all splits, [ROWS / (SPLITS GP), GP]; -inf for no items.
-    """
-    top = tl.full([first.shape[0]], NONE, tl.float32)
-    mass = tl.zeros([first.shape[0]], tl.float32)
-    for i in range(0, tl.max(end - first, 0), SPLITS):
-        known = first + i < end
-        logs = tl.load(Lse + (first + i).to(tl.int64) * stride, mask=known, other=-float("inf"))
-        higher = tl.maximum(top, logs)
-        mass = mass * tl.exp2(top - higher) + tl.exp2(logs - higher)
-        top = higher
-    REQUESTS: tl.constexpr = first.shape[0] // (SPLITS * GP)
-    tops = tl.reshape(top, [REQUESTS, SPLITS, GP])
-    highest = tl.max(tops, 1)
-    masses = tl.reshape(mass, [REQUESTS, SPLITS, GP]) * tl.exp2(tops - highest[:, None, :])
-    return highest + tl.log2(tl.sum(masses, 1))
+def load_item(Partial, Lse, item, end, stride, D: tl.constexpr, DP: tl.constexpr):
+    """Item `item` [ROWS] of every row, below `end`: logarithms [ROWS] and sums [ROWS, DP]."""
+    d = tl.arange(0, DP)
+    known = item < end
+    at = item.to(tl.int64) * stride
+    logs = tl.load(Lse + at, mask=known, other=-float("inf"))
+    inside = known[:, None] & (d < D)[None, :]
+    return logs, tl.load(Partial + at[:, None] * D + d[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def add_items(
-    Partial, Lse, first, end, stride, total, D: tl.constexpr, DP: tl.constexpr,
-    SPLITS: tl.constexpr, GP: tl.constexpr, COPIES: tl.constexpr,
-):  # fmt: skip
-    """Items weighed against `total` [ROWS], added over all splits: [ROWS / SPLITS, DP], COPIES
-    times one below the other."""
-    d = tl.arange(0, DP)
-    REQUESTS: tl.constexpr = first.shape[0] // (SPLITS * GP)
-    sums = tl.zeros([first.shape[0], DP], tl.float32)
-    for i in range(0, tl.max(end - first, 0), SPLITS):
-        known = first + i < end
-        at = (first + i).to(tl.int64) * stride
-        share = tl.exp2(tl.load(Lse + at, mask=known, other=-float("inf")) - total)
-        inside = known[:, None] & (d < D)[None, :]
-        part = tl.load(Partial + at[:, None] * D + d[None, :], mask=inside, other=0.0)
-        sums += part * share[:, None]
-    sums = tl.sum(tl.reshape(sums, [REQUESTS, SPLITS, GP, DP]), 1)
+def join_splits(sums, share, SPLITS: tl.constexpr, GP: tl.constexpr, COPIES: tl.constexpr):
+    """Rows [n, DP] times their `share` [n], added over all splits: [n / SPLITS, DP], COPIES times
+    one below the other."""
+    REQUESTS: tl.constexpr = sums.shape[0] // (SPLITS * GP)
+    DP: tl.constexpr = sums.shape[1]
+    sums = tl.sum(tl.reshape(sums * share[:, None], [REQUESTS, SPLITS, GP, DP]), 1)
     copies = tl.broadcast_to(sums[None, :, :, :], [COPIES, REQUESTS, GP, DP])
     return tl.reshape(copies, [COPIES * REQUESTS * GP, DP])
 
@@ -189,9 +165,29 @@ def merge_rows(
     """
     head = tl.program_id(0) % kv_heads
     first_request = tl.program_id(0) // kv_heads * REQUESTS
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    # what does not depend on the kernel before comes first, as far as there are registers
+    # what does not depend on the kernel before comes first, as far as there are registers: the plan
+    # was ready before the queries' frames
+    row = tl.arange(0, REQUESTS * SPLITS * GP)
+    request = first_request + row // (GP * SPLITS)
+    real = (request < batch) & (row % GP < G)
+    item = tl.load(ItemStart + request, mask=real, other=0)
+    end = tl.load(ItemStart + request + 1, mask=real, other=0)
+    middle = end
+    if CALIBRATED:
+        middle = item
+        if HOT:
+            middle += tl.load(HotItems + request, mask=real, other=0)
+    item += row // GP % SPLITS
+    rounds = (tl.max(end - item, 0) + SPLITS - 1) // SPLITS
+    # a product takes 16 rows at least
+    COPIES: tl.constexpr = 16 // (REQUESTS * GP) if REQUESTS * GP < 16 else 1
+    m = tl.arange(0, COPIES * REQUESTS * GP)
+    of_row = first_request + m // GP
+    real = (m < REQUESTS * GP) & (of_row < batch) & (m % GP < G)
+    some = tl.load(ItemStart + of_row, mask=real, other=0)
+    some = tl.load(ItemStart + of_row + 1, mask=real, other=0) > some
     EARLY: tl.constexpr = DP <= 128 and REQUESTS * GP <= 16
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     hot_dual, dual = Dual + head * (D * D), Dual + (kv_heads + head) * (D * D)
     if EARLY and HOT:
         hot_dual = load_dual(hot_dual, 0, column, D, DP)
@@ -200,49 +196,54 @@ def merge_rows(
     centre = tl.load(Centre + head * D + column, mask=column < D, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    row = tl.arange(0, REQUESTS * SPLITS * GP)
-    request = first_request + row // (GP * SPLITS)
-    real = (request < batch) & (row % GP < G)
-    split = row // GP % SPLITS
-    first = tl.load(ItemStart + request, mask=real, other=0)
-    end = tl.load(ItemStart + request + 1, mask=real, other=0)
-    middle = first
-    if HOT:
-        middle += tl.load(HotItems + request, mask=real, other=0)
+
+    stride = kv_heads * G
     lses = Lse + head * G + row % GP
     partials = Partial + ((head * G + row % GP) * D)[:, None]
-    weight = weigh_items(lses, first + split, end, kv_heads * G, SPLITS, GP)
-    total = tl.where(weight > NONE, weight, 0.0)
-    all_splits = tl.broadcast_to(total[:, None, :], [REQUESTS, SPLITS, GP])
-    all_splits = tl.reshape(all_splits, [REQUESTS * SPLITS * GP])
+    top = tl.full([row.shape[0]], NONE, tl.float32)
+    mass = tl.zeros([row.shape[0]], tl.float32)
+    hot_sums = tl.zeros([row.shape[0], DP], tl.float32)
+    sums = hot_sums
+    if EARLY:
+        next_logs, next_part = load_item(partials, lses, item, end, stride, D, DP)
+    for _ in range(rounds):
+        if EARLY:  # the next items are on their way while these are added
+            logs, part = next_logs, next_part
+            next_logs, next_part = load_item(partials, lses, item + SPLITS, end, stride, D, DP)
+        else:
+            logs, part = load_item(partials, lses, item, end, stride, D, DP)
+        higher = tl.maximum(top, logs)
+        fade, share = tl.exp2(top - higher), tl.exp2(logs - higher)
+        if HOT:
+            hot_share = tl.where(item < middle, share, 0.0)
+            hot_sums = hot_sums * fade[:, None] + part * hot_share[:, None]
+        if CALIBRATED:
+            its_share = tl.where(item < middle, 0.0, share)
+            sums = sums * fade[:, None] + part * its_share[:, None]
+        mass = mass * fade + share
+        top = higher
+        item += SPLITS
 
-    # a product takes 16 rows at least
-    COPIES: tl.constexpr = 16 // (REQUESTS * GP) if REQUESTS * GP < 16 else 1
+    tops = tl.reshape(top, [REQUESTS, SPLITS, GP])
+    highest = tl.max(tops, 1)
+    shares = tl.exp2(tops - highest[:, None, :])
+    whole = tl.sum(tl.reshape(mass, [REQUESTS, SPLITS, GP]) * shares, 1)
+    shares *= tl.where(whole > 0, 1.0 / whole, 0.0)[:, None, :]
+    shares = tl.reshape(shares, [REQUESTS * SPLITS * GP])
     out = tl.zeros([COPIES * REQUESTS * GP, COLUMNS], tl.float32)
     if HOT:
-        sums = add_items(
-            partials, lses, first + split, middle, kv_heads * G, all_splits, D, DP, SPLITS, GP,
-            COPIES,
-        )  # fmt: skip
+        hot_sums = join_splits(hot_sums, shares, SPLITS, GP, COPIES)
         if EARLY:
-            out = tl.dot(sums, hot_dual, out, input_precision="tf32x3")
+            out = tl.dot(hot_sums, hot_dual, out, input_precision="tf32x3")
         else:
-            out = turn_sums(sums, hot_dual, column, out, D)
+            out = turn_sums(hot_sums, hot_dual, column, out, D)
     if CALIBRATED:
-        sums = add_items(
-            partials, lses, middle + split, end, kv_heads * G, all_splits, D, DP, SPLITS, GP,
-            COPIES,
-        )  # fmt: skip
+        sums = join_splits(sums, shares, SPLITS, GP, COPIES)
         if EARLY:
             out = tl.dot(sums, dual, out, input_precision="tf32x3")
         else:
             out = turn_sums(sums, dual, column, out, D)
-    m = tl.arange(0, COPIES * REQUESTS * GP)
-    of_row = first_request + m // GP
-    real = (m < REQUESTS * GP) & (of_row < batch) & (m % GP < G)
     query = (of_row * kv_heads + head) * G + m % GP
-    first = tl.load(ItemStart + of_row, mask=real, other=0)
-    some = tl.load(ItemStart + of_row + 1, mask=real, other=0) > first
     out = tl.where(some[:, None], out + centre[None, :], 0.0)
     target = Out + query.to(tl.int64)[:, None] * D + column[None, :]
     inside = real[:, None] & (column < D)[None, :]
@@ -252,5 +253,6 @@ def merge_rows(
         g = tl.arange(0, GP)[None, :]
         at_lse = (r * kv_heads + head) * G + g
         mine = (r < batch) & (g < G)
-        lse = (weight + tl.load(Near + at_lse, mask=mine, other=0.0)) * LN_2
-        tl.store(OutLse + at_lse, tl.where(weight > NONE, lse, -float("inf")), mask=mine)
+        near = tl.load(Near + at_lse, mask=mine, other=0.0)
+        lse = (highest + tl.log2(whole) + near) * LN_2
+        tl.store(OutLse + at_lse, tl.where(whole > 0, lse, -float("inf")), mask=mine)

@@ -19,6 +19,7 @@ from ..codec.frames import LayerFrames
 from ..codec.pages import GAUSSIAN_STEP
 from ..codec.patterns import BANDS, FrameKind
 from ..codec.slices import SliceLayout, Tile
+from ..device import has_dependent_launch, has_ptx, launch_options
 from ..plan.launch import PlanTables
 from .ends import frame_queries, merge_rows
 from .kernel import decode_pages
@@ -39,8 +40,9 @@ SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
 
 MERGE_ELEMENTS, MOST_MERGE_ROWS, MERGE_COLUMNS, MERGE_WARPS = 8192, 64, 32, 8
 """Numbers and rows (request, split, query head) at once in a program of the merge, channels that it
-puts out, and its warps: half of them for LARGE_BATCH requests and more, since two programs then fit
-where one would."""
+puts out, and its warps. Half the numbers for LARGE_BATCH requests and more and for wide heads,
+whose frames do not wait in registers; half the warps for such batches: two programs then fit where
+one would."""
 
 LARGE_BATCH = 64
 
@@ -166,7 +168,7 @@ def run_decode(
         )
     group = heads // kv_heads
     tuning = tuning or tuning_for(kinds, group)
-    pdl = _has_ptx(q.device)
+    pdl = has_dependent_launch(q.device)
     width = max(16, _power_of_two(d))
     tile: dict[str, Any] = {"D": d, "DP": width, "G": group}
     rows = query_rows(batch, group, d)
@@ -177,14 +179,13 @@ def run_decode(
         num_warps=FRAME_WARPS,
     )  # fmt: skip
     max_items, max_pages = len(tables.items), tables.pages.shape[1]
-    options = {"launch_pdl": True} if pdl else {}
     decode_pages[(kv_heads, max_items, -(-group // MOST_HEADS))](
         SIGNS, pages.arena.view(torch.int8), tables.items, tables.pages, pages.page_blocks,
         pages.places,
         *queries, workspace.partial, workspace.partial_lse, max_pages,
         pages.page_blocks.shape[1], pages.block_bytes, pages.places.stride(0), kv_heads,
-        max_batch * heads, **kernel_constants(kinds, group, tuning), PTX=pdl, PDL=pdl,
-        num_warps=tuning.warps, maxnreg=tuning.registers, **options,
+        max_batch * heads, **kernel_constants(kinds, group, tuning), PTX=has_ptx(q.device), PDL=pdl,
+        num_warps=tuning.warps, maxnreg=tuning.registers, **launch_options(pdl),
     )  # fmt: skip
     merge = merge_constants(batch, group, d)
     merge_rows[(-(-batch // merge["REQUESTS"]) * kv_heads, -(-d // MERGE_COLUMNS))](
@@ -192,7 +193,7 @@ def run_decode(
         frames.value_duals, frames.value_centre, workspace.near, out, lse, batch, kv_heads, **tile,
         **merge,
         HOT=not kinds[0][0].calibrated, CALIBRATED=kinds[-1][0].calibrated, PDL=pdl,
-        num_warps=merge_warps(batch), **options,
+        num_warps=merge_warps(batch), **launch_options(pdl),
     )  # fmt: skip
 
 
@@ -206,8 +207,11 @@ def merge_constants(batch: int, group: int, head_dim: int) -> dict[str, int]:
     """How `merge_rows` cuts its rows: large batches need no splits."""
     heads = _power_of_two(group)
     width = max(16, _power_of_two(head_dim))
-    rows = max(heads, min(MOST_MERGE_ROWS, MERGE_ELEMENTS // width))
-    together = max(1, min(_power_of_two(batch) // 4, rows // heads))
+    large = batch >= LARGE_BATCH
+    elements = MERGE_ELEMENTS // (2 if large or width > 128 else 1)
+    rows = max(heads, min(MOST_MERGE_ROWS, elements // width))
+    most = (rows if large else 16) // heads  # more rows of output than 16 would wait for frames
+    together = max(1, min(_power_of_two(batch) // 4, most))
     splits = rows // (heads * together)
     return {"GP": heads, "COLUMNS": MERGE_COLUMNS, "REQUESTS": together, "SPLITS": splits}
 
@@ -215,10 +219,6 @@ def merge_constants(batch: int, group: int, head_dim: int) -> dict[str, int]:
 def merge_warps(batch: int) -> int:
     """Warps of a program of `merge_rows`."""
     return MERGE_WARPS // (2 if batch >= LARGE_BATCH else 1)
-
-
-def _has_ptx(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.cuda is not None
 
 
 def _power_of_two(n: int) -> int:

@@ -47,6 +47,19 @@ def step_of(column, STEPS: tl.constexpr):
 
 
 @triton.constexpr_function
+def entry_of(table, index):
+    """An entry that is a tuple itself; Triton passes those on in no other way."""
+    return table[index]
+
+
+@triton.jit
+def columns_of_kind(column, D: tl.constexpr, STEPS: tl.constexpr, KIND: tl.constexpr):
+    """Channel and step of each column, by the steps of a kind."""
+    MINE: tl.constexpr = entry_of(STEPS, KIND)
+    return channel_of(column, D, len(MINE)), step_of(column, MINE)
+
+
+@triton.constexpr_function
 def unpack_asm(bands, index_of_band):
     """PTX: word of every digit, factor, and what to add -> low and high lane, level * factor."""
     band = bands[index_of_band]
@@ -93,6 +106,9 @@ def load_words(
         if TILES[i][2] == 0:
             at += t[:, None] * TILES[i][1] + j[None, :]
             words = tl.load(at) if WORDS == W else tl.load(at, mask=j[None, :] < WORDS, other=0)
+        elif TILES[i][3] == 4:  # as a vector: a tile of equal columns would lie token by token
+            words = tl.broadcast_to(tl.load(at + t)[:, None], [t.shape[0], W])
+            words = words >> (j * TILES[i][2])[None, :]
         elif TILES[i][3] % 4 == 0:
             at += t[:, None] * TILES[i][1] + (j % TILES[i][1])[None, :]
             words = tl.load(at) if WORDS == W else tl.load(at, mask=j[None, :] < WORDS, other=0)
@@ -290,10 +306,11 @@ def extend_pages(
     Arena, Entries, Items, Requests, Runs, Q, QScale, Partial, Lse, rows, pages,
     D: tl.constexpr, DC: tl.constexpr, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     W: tl.constexpr, WORDS: tl.constexpr, KIND: tl.constexpr, KINDS: tl.constexpr,
-    CALIBRATED: tl.constexpr, FIRST: tl.constexpr, RADII: tl.constexpr, BLOCK: tl.constexpr,
+    CALIBRATED: tl.constexpr, EARLIEST: tl.constexpr, FIRST: tl.constexpr, RADII: tl.constexpr,
+    BLOCK: tl.constexpr,
     KT: tl.constexpr, KB: tl.constexpr, KC: tl.constexpr, VT: tl.constexpr, VB: tl.constexpr,
     VC: tl.constexpr, VS: tl.constexpr, CB: tl.constexpr,
-    STAGES: tl.constexpr, PTX: tl.constexpr,
+    STAGES: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One item (a tile over a share of its request's pages of one kind) of one KV head.
 
@@ -304,6 +321,7 @@ def extend_pages(
     Q         float16 [kv_heads, rows, DC] as frame_rows makes it, QScale float32 [kv_heads, rows]
     Partial   float32 [items, kv_heads, M, DC] in the frame; Lse float32 [items, kv_heads, M],
               base 2; not FIRST: joined with what is there
+    EARLIEST  whether this is the first launch after frame_rows
     """
     item, head = tl.program_id(0), tl.program_id(1)
     request = tl.load(Items + item * 4)
@@ -316,7 +334,13 @@ def extend_pages(
     end = begin + (run_end - begin) * (split + 1) // splits
     m = tl.arange(0, M)
     place = (item * tl.num_programs(1) + head).to(tl.int64) * M
+    if PDL and EARLIEST:
+        tl.extra.cuda.gdc_wait()  # for the queries; later kinds start when all programs are past it
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     if first >= end:
+        if PDL and not EARLIEST:
+            tl.extra.cuda.gdc_wait()
         if FIRST:
             tl.store(Lse + place + m, tl.full([M], -float("inf"), tl.float32))
         return
@@ -397,6 +421,8 @@ def extend_pages(
         out *= step_of(column, VS)[None, :]
     lse = top + tl.log2(mass)
     target = Partial + place * DC + (m[:, None] * DC + column[None, :])
+    if PDL and not EARLIEST:
+        tl.extra.cuda.gdc_wait()
     if not FIRST:
         before = tl.load(Lse + place + m)
         known = before > -float("inf")
@@ -409,27 +435,38 @@ def extend_pages(
     tl.store(Lse + place + m, lse)
 
 
-@triton.jit(do_not_specialize=["tokens", "first"])
+@triton.jit(do_not_specialize=["tokens"])
 def frame_rows(
-    Q, Dual, Centre, Framed, Scales, Near, tokens, kv_heads, first, scale,
-    D: tl.constexpr, DC: tl.constexpr, STEPS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    Q, Dual, Centre, Framed, Scales, Near, tokens, kv_heads, scale,
+    D: tl.constexpr, DC: tl.constexpr, STEPS: tl.constexpr, PLANES: tl.constexpr, G: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Queries of one KV head into the frame and the steps of one kind: ROWS rows by every program,
+    """Queries of one KV head into the frame and the steps of a kind: ROWS rows by every program,
     BLOCK of their channels at once.
 
     Q       [tokens, kv_heads * G, D]; logits in base 2 are `scale` times q . k
-    Dual    float32 [kv_heads, D, D], B; Centre float32 [kv_heads, D]
-    Framed  float16 [kv_heads, tokens * G, DC] at most 2**8, times 1 / Scales float32 [kv_heads,
-            tokens * G]; Near like Scales, q . centre, written where `first`; all in base 2
+    Dual    float32 [planes, kv_heads, D, D], B; Centre float32 [kv_heads, D]
+    Framed  float16 [kinds, kv_heads, tokens * G, DC] at most 2**8, times 1 / Scales float32 [kinds,
+            kv_heads, tokens * G]; Near float32 [kv_heads, tokens * G], q . centre; all in base 2
+    STEPS, PLANES  steps and frame of every kind
     """
-    head = tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    head, kind = tl.program_id(1), tl.program_id(2)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     known = r < tokens * G
     column = tl.arange(0, DC)
-    channel = channel_of(column, D, len(STEPS))
+    channel, step = columns_of_kind(column, D, STEPS, 0)
+    plane = PLANES[0]
+    for i in tl.static_range(1, len(STEPS)):
+        its_channel, its_step = columns_of_kind(column, D, STEPS, i)
+        channel, step = (
+            tl.where(kind == i, its_channel, channel),
+            tl.where(kind == i, its_step, step),
+        )
+        plane = tl.where(kind == i, PLANES[i], plane)
     q_row = (r // G * kv_heads + head).to(tl.int64) * G + r % G
-    dual = Dual + head.to(tl.int64) * (D * D)
+    dual = Dual + (plane * kv_heads + head).to(tl.int64) * (D * D)
     framed = tl.zeros([ROWS, DC], tl.float32)
     near = tl.zeros([ROWS], tl.float32)
     for start in tl.range(0, DC, BLOCK, num_stages=1):
@@ -440,18 +477,19 @@ def frame_rows(
         inside = (d < D)[:, None] & (channel < D)[None, :]
         turned = tl.load(dual + channel[None, :] * D + d[:, None], mask=inside, other=0.0)
         framed = tl.dot(q, turned, framed, input_precision="tf32x3")
-        if first:
-            centre = tl.load(Centre + head * D + d, mask=d < D, other=0.0)
-            near += tl.sum(q * centre[None, :], 1)
-    framed *= step_of(column, STEPS)[None, :]
+        centre = tl.load(Centre + head * D + d, mask=d < D, other=0.0)
+        near += tl.sum(q * centre[None, :], 1)
+    framed *= step[None, :]
     peak = tl.max(tl.abs(framed), 1)
     unit = tl.where(peak > 0, peak * 2.0**-8, 1.0)
-    place = head.to(tl.int64) * (tokens * G) + r
+    place = (kind * kv_heads + head).to(tl.int64) * (tokens * G) + r
     framed = (framed / unit[:, None]).to(tl.float16)
     tl.store(Framed + place[:, None] * DC + column[None, :], framed, mask=known[:, None])
     tl.store(Scales + place, unit, mask=known)
-    if first:
-        tl.store(Near + place, near, mask=known)
+    if kind == 0:
+        tl.store(Near + head.to(tl.int64) * (tokens * G) + r, near, mask=known)
+    if PDL:  # the new tokens' attention, which this did not need, is done when this is
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -482,7 +520,7 @@ def finish_rows(
     Partial, Lse, Tiles, Requests, Dual, Centre, Near, New, NewLse, Out, OutLse,
     rows, items, kv_heads,
     D: tl.constexpr, DC: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
-    PLANES: tl.constexpr, BANDS: tl.constexpr, BLOCK: tl.constexpr,
+    PLANES: tl.constexpr, BANDS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a tile of one KV head: splits, frames, then new tokens become one attention.
 
@@ -506,8 +544,11 @@ def finish_rows(
     stride = kv_heads * M
     plane = tl.cast(items, tl.int64) * stride
     place = (first_item * kv_heads + head).to(tl.int64) * M + m
+    centre = tl.load(Centre + head * D + column, mask=column < D, other=0.0)
     top = tl.full([ROWS], NONE, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     for i in range(PLANES * splits):
         logs = tl.load(Lse + i // splits * plane + place + i % splits * stride)
         higher = tl.maximum(top, logs)
@@ -515,7 +556,6 @@ def finish_rows(
         top = higher
     some = mass > 0
     total = tl.where(some, top + tl.log2(mass), 0.0)
-    centre = tl.load(Centre + head * D + column, mask=column < D, other=0.0)
     out = tl.where(some[:, None], centre[None, :], 0.0)
     for i in tl.static_range(PLANES):
         partial, logs = Partial + i * plane * DC, Lse + i * plane

@@ -1,9 +1,10 @@
 """Attention of new tokens over coded prefixes on a GPU, straight from the codes.
 
-Per layer: queries into the frames, one launch of the main kernel for every kind of page, dense
-attention among the new tokens, and a last kernel that joins shares of the prefix, takes the sums
-out of their frames and merges all by their log-sum-exps. decode/reference.py and reference.py say
-what is computed.
+Per layer: dense attention among the new tokens, queries into the frames, one launch of the main
+kernel for every kind of page, and a last kernel that joins shares of the prefix, takes the sums out
+of their frames and merges all by their log-sum-exps. From the second on a launch starts before the
+one before it ends (programmatic dependent launch), and waits for it where it must.
+decode/reference.py and reference.py say what is computed.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from ..codec.frames import LayerFrames
 from ..codec.pages import GAUSSIAN_STEP
 from ..codec.patterns import FrameKind
 from ..codec.slices import SliceLayout
+from ..device import has_dependent_launch, has_ptx, launch_options
 from .kernel import extend_pages, finish_rows, frame_rows
-from .new_tokens import LOG2_E, NewTokens, columns_of
+from .new_tokens import LOG2_E, attend_new_tokens, columns_of
 from .tables import ExtendTables
 
 SHRUNK, UNITS = 8.0, 4096.0  # of operands (kernel.py)
@@ -72,7 +74,6 @@ def tuning_for(head_dim: int) -> Tuning:
 def run_extend(
     tables: ExtendTables,
     kinds: Sequence[Kind],
-    new_tokens: NewTokens,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -101,7 +102,7 @@ def run_extend(
             f"{list(q.shape)} and {list(k.shape)}"
         )
     q = q.contiguous()
-    new, new_lse = new_tokens.attend(q, k, v)
+    new, new_lse = attend_new_tokens(tables, q, k.contiguous(), v.contiguous(), scale)
     if not len(tables.items):
         return new, new_lse / LOG2_E
     prefix = _attend_prefix(tables, kinds, q, arena, entries, frames, scale, tuning)
@@ -140,26 +141,30 @@ def _attend_prefix(
     planes = tuple(sorted(set(plane_of.values())))
     f32: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     items, rows = len(tables.items), tokens * group
-    framed = torch.empty(kv_heads, rows, columns, dtype=torch.float16, device=q.device)
-    scales = torch.empty(kv_heads, rows, **f32)
+    present = len(plane_of)
+    framed = torch.empty(present, kv_heads, rows, columns, dtype=torch.float16, device=q.device)
+    scales = torch.empty(present, kv_heads, rows, **f32)
     near = torch.empty(kv_heads, rows, **f32)
     partial = torch.empty(len(planes), items, kv_heads, tables.tile_rows, columns, **f32)
     lse = torch.empty(len(planes), items, kv_heads, tables.tile_rows, **f32)
     words = arena.view(torch.int32)
+    pdl = has_dependent_launch(q.device)
+    constants = frame_constants([kinds[kind][0] for kind in plane_of], group)
+    frame_rows[(-(-rows // constants["ROWS"]), kv_heads, present)](
+        q, frames.key_duals, frames.key_centre, framed, scales, near, tokens, kv_heads,
+        scale * LOG2_E, **constants, PDL=pdl, num_warps=8, **launch_options(pdl),
+    )  # fmt: skip
     written: set[int] = set()
-    for kind, plane in plane_of.items():
+    for i, (kind, plane) in enumerate(plane_of.items()):
         keys, values = kinds[kind]
         place = planes.index(plane)
-        frame_rows[(-(-rows // _FRAME_ROWS), kv_heads)](
-            q, frames.key_duals[plane], frames.key_centre, framed, scales, near, tokens,
-            kv_heads, int(not written), scale * LOG2_E, **frame_constants(keys, group), num_warps=8,
-        )  # fmt: skip
         extend_pages[(items, kv_heads)](
-            words, entries, tables.items, tables.requests, tables.runs, framed, scales,
+            words, entries, tables.items, tables.requests, tables.runs, framed[i], scales[i],
             partial[place], lse[place], rows, entries.shape[1],
             **kernel_constants(keys, values, group), M=tables.tile_rows, KIND=kind,
-            KINDS=len(kinds), FIRST=plane not in written, STAGES=tuning.stages,
-            PTX=_has_ptx(q.device), num_warps=tuning.warps, maxnreg=tuning.registers,
+            KINDS=len(kinds), EARLIEST=not written, FIRST=plane not in written,
+            STAGES=tuning.stages, PTX=has_ptx(q.device), PDL=pdl, num_warps=tuning.warps,
+            maxnreg=tuning.registers, **launch_options(pdl),
         )  # fmt: skip
         written.add(plane)
     return _Prefix(planes, partial, lse, near)
@@ -174,6 +179,7 @@ def _finish(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _, heads, d = new.shape
     kv_heads, rows = prefix.near.shape
+    pdl = has_dependent_launch(new.device)
     out, lse = torch.empty_like(new), torch.empty_like(new_lse)
     block = 32 if len(tables.tiles) * kv_heads > MULTIPROCESSORS else 16
     finish_rows[(len(tables.tiles) * (tables.tile_rows // block), kv_heads)](
@@ -181,28 +187,26 @@ def _finish(
         frames.value_duals[prefix.planes[0] :], frames.value_centre, prefix.near,
         new.contiguous(), new_lse.contiguous(), out, lse, rows, len(tables.items), kv_heads,
         D=d, DC=columns_of(d), G=heads // kv_heads, M=tables.tile_rows, ROWS=block,
-        PLANES=len(prefix.planes), BANDS=tuple(_bands(plane) for plane in prefix.planes),
-        BLOCK=min(32, columns_of(d)), num_warps=8,
+        PLANES=len(prefix.planes), BANDS=_bands(prefix.planes), BLOCK=min(32, columns_of(d)),
+        PDL=pdl, num_warps=8, **launch_options(pdl),
     )  # fmt: skip
     return out, lse
 
 
-def _has_ptx(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.cuda is not None
+def _bands(planes: tuple[int, ...]) -> tuple[int, ...]:
+    """Bands of frames of FRAMES."""
+    return tuple((1, 4)[plane] for plane in planes)
 
 
-def _bands(plane: int) -> int:
-    """Bands of a frame of FRAMES."""
-    return (1, 4)[plane]
-
-
-def frame_constants(keys: SliceLayout, group: int) -> dict[str, Any]:
-    """What frame_rows is specialised on. Wide frames come in blocks: whole ones, in three terms,
-    exceed shared memory."""
-    columns = columns_of(keys.head_dim)
+def frame_constants(keys: Sequence[SliceLayout], group: int) -> dict[str, Any]:
+    """What frame_rows is specialised on, for keys of these kinds. Wide frames come in blocks: whole
+    ones, in three terms, exceed shared memory."""
+    columns = columns_of(keys[0].head_dim)
+    wide = columns > 128
     return {
-        "D": keys.head_dim, "DC": columns, "STEPS": steps_of_bands(keys), "G": group,
-        "ROWS": _FRAME_ROWS, "BLOCK": columns if columns <= 128 else 32,
+        "D": keys[0].head_dim, "DC": columns, "STEPS": tuple(steps_of_bands(side) for side in keys),
+        "PLANES": tuple(FRAMES.index(side.pattern.frame) for side in keys), "G": group,
+        "ROWS": _FRAME_ROWS // (2 if wide else 1), "BLOCK": 32 if wide else columns,
     }  # fmt: skip
 
 
