@@ -89,7 +89,7 @@ tile = {"D": head_dim, "DP": max(16, triton.next_power_of_2(head_dim)), "G": gro
 kernels = (
     (frame_queries, FRAME_WARPS, {
         "Q": "*bf16", "Dual": "*fp32", "Centre": "*fp32", "Parts": "*i8", "Units": "*fp32",
-        "Near": "*fp32", "batch": "i32", "kv_heads": "i32", "stride": "i32",
+        "Near": "*fp32", "batch": "i32", "q_row": "i32", "kv_heads": "i32", "stride": "i32",
         "scale": "fp32",
     }, {"ROWS": query_rows(batch, group, head_dim), "STAGES": FRAME_STAGES}),
     (merge_rows, merge_warps(batch), {

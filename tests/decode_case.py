@@ -159,7 +159,10 @@ class Case:
         frames = LayerFrames(*(getattr(self.frames, name).to(DEVICE) for name in names))
         q = self.q.to(DEVICE)
         workspace = DecodeWorkspace.allocate(batch + 1, max_items, q.shape[1], self.d, DEVICE)
-        out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=DEVICE)
+        out, lse = (
+            torch.empty(q.shape, dtype=q.dtype, device=DEVICE),
+            torch.empty(q.shape[:2], device=DEVICE),
+        )
         for tensor in (*vars(workspace).values(), out, lse):
             poison(tensor)
         run_decode(

@@ -64,12 +64,13 @@ class DecodeTables:
             self.wave,
         )  # fmt: skip
 
-    def attend(self, layer: int, q: torch.Tensor, scale: float) -> torch.Tensor:
-        """Attention of q [batch, heads, d] over everything planned; out like q."""
-        out, batch = torch.empty_like(q), len(q)
+    def attend(self, layer: int, q: torch.Tensor, scale: float, after_encode: bool) -> torch.Tensor:
+        """Attention of q [batch, heads, d], heads contiguous, over everything planned; out like q,
+        contiguous. after_encode: whether the step's tokens were coded just before."""
+        out, batch = torch.empty(q.shape, dtype=q.dtype, device=q.device), len(q)
         run_decode(
             self.of_batch(batch), self.pool.arena.kinds, q, self.layers[layer], self.frames[layer],
-            scale, self.workspace, out, self.lse[:batch],
+            scale, self.workspace, out, self.lse[:batch], after_encode=after_encode,
         )  # fmt: skip
         return out
 

@@ -84,8 +84,11 @@ class KernelAttnBackend(SphericalAttnBackend):
         if save_kv_cache:
             self._write(layer, k, v, forward_batch)
         assert self.decode_tables is not None
-        queries = q.contiguous().view(len(q), self.q_heads, layer.head_dim)
-        return self.decode_tables.attend(self._index(layer), queries, layer.scaling).view_as(q)
+        queries = q.view(len(q), self.q_heads, layer.head_dim)
+        out = self.decode_tables.attend(
+            self._index(layer), queries, layer.scaling, after_encode=save_kv_cache
+        )
+        return out.view(len(q), -1)
 
     def forward_extend(
         self,

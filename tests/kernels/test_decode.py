@@ -89,6 +89,18 @@ def test_values_from_tiny_to_huge(kind: tuple[Pattern, Pattern]) -> None:
     case.check()
 
 
+def test_queries_out_of_a_wider_tensor() -> None:
+    case = Case((HOT, WARM), [(PAGE, PAGE), (9, PAGE)], 64, kv_heads=2)
+    state = case.rng.get_state()
+    before = case.actual()
+    wide = torch.full((len(case.q), 3 * case.q.shape[1], 64), torch.nan, dtype=case.q.dtype)
+    wide[:, : case.q.shape[1]] = case.q
+    case.q = wide[:, : case.q.shape[1]]
+    case.rng.set_state(state)
+    for one, other in zip(before, case.actual()):
+        assert torch.equal(one, other)
+
+
 def test_queries_of_another_shape_are_refused() -> None:
     case = Case((HOT,), [(PAGE,)], 64)
     case.q = case.q.transpose(1, 2).contiguous().transpose(1, 2)

@@ -15,14 +15,14 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit(do_not_specialize=["batch"])  # one binary for all batches
 def frame_queries(
-    Q, Dual, Centre, Parts, Units, Near, batch, kv_heads, stride, scale,
+    Q, Dual, Centre, Parts, Units, Near, batch, q_row, kv_heads, stride, scale,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Queries into a key frame and to integers: ROWS queries of one KV head and a frame by every
     program.
 
-    Q       [batch, kv_heads * G, D]; logits in base 2 are `scale` times q . k
+    Q       [batch, kv_heads * G, D], rows q_row apart; logits in base 2 are `scale` times q . k
     Dual    float32 [2, kv_heads, D, D], B; Centre float32 [kv_heads, D]
     Near    float32 [batch, kv_heads * G], q . centre, base 2
     The rest by set, which are `stride` queries apart: in the hot frame, in the calibrated one by
@@ -38,6 +38,7 @@ def frame_queries(
     m = tl.program_id(0) // kv_heads * ROWS + tl.arange(0, ROWS)
     known = m < batch * G
     query = (m // G * kv_heads + head) * G + m % G
+    row = Q + (m // G).to(tl.int64) * q_row + (head * G + m % G) * D
     # bands are padded on their own, so that they are a dimension
     PADDED: tl.constexpr = DP // BANDS
     place = tl.arange(0, DP)
@@ -50,7 +51,7 @@ def frame_queries(
     for start in tl.range(0, D, STEP, num_stages=STAGES):
         channel = start + step
         inside = known[:, None] & (channel < D)[None, :]
-        q = tl.load(Q + query[:, None] * D + channel[None, :], mask=inside, other=0.0)
+        q = tl.load(row[:, None] + channel[None, :], mask=inside, other=0.0)
         q = q.to(tl.float32) * scale
         inside = (channel < D)[:, None] & real[None, :]
         turned = tl.load(dual + d[None, :] * D + channel[:, None], mask=inside, other=0.0)
@@ -64,6 +65,8 @@ def frame_queries(
         first = stride + query
         store_integers(framed, Parts, Units, first, known, d, real, D, False)
         store_integers(framed, Parts, Units, first + stride, known, d, real, D, True)
+    if PDL:  # the step's tokens, which this did not need, are in their pages when this is done
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

@@ -150,21 +150,24 @@ def run_decode(
     out: torch.Tensor,
     lse: torch.Tensor,
     tuning: Tuning | None = None,
+    after_encode: bool = False,
 ) -> None:
     """Attention of one layer over everything planned.
 
-    kinds  layouts of every kind of page; kind 0 is hot, or all are calibrated
-    q      [batch, heads, d], contiguous
-    scale  the softmax scale
-    out    [batch, heads, d] like q, and lse float32 [batch, heads] (natural log), are written
+    kinds         layouts of every kind of page; kind 0 is hot, or all are calibrated
+    q             [batch, heads, d], contiguous but for the first dimension
+    scale         the softmax scale
+    out           [batch, heads, d] contiguous, and lse float32 [batch, heads] (natural log), are
+                  written
+    after_encode  the stream's last launch was `encode_tokens`: the first one here starts beside it
     """
     batch, heads, d = q.shape
     kv_heads = frames.key_centre.shape[0]
     _, max_batch, most_heads, _, _ = workspace.parts.shape
-    if heads % kv_heads or heads != most_heads or batch > max_batch or not q.is_contiguous():
+    if heads % kv_heads or heads != most_heads or batch > max_batch or q.stride()[1:] != (d, 1):
         raise ValueError(
             f"q: expected at most {max_batch} rows of {most_heads} heads over {kv_heads} KV heads, "
-            f"contiguous, got {list(q.shape)}"
+            f"each contiguous, got {list(q.shape)}, strides {q.stride()}"
         )
     group = heads // kv_heads
     tuning = tuning or tuning_for(kinds, group)
@@ -174,9 +177,9 @@ def run_decode(
     rows = query_rows(batch, group, d)
     queries = workspace.parts, workspace.units
     frame_queries[(-(-batch * group // rows) * kv_heads, len(FRAMES))](
-        q, frames.key_duals, frames.key_centre, *queries, workspace.near, batch, kv_heads,
-        max_batch * heads, scale * LOG2_E, **tile, ROWS=rows, STAGES=FRAME_STAGES, PDL=pdl,
-        num_warps=FRAME_WARPS,
+        q, frames.key_duals, frames.key_centre, *queries, workspace.near, batch, q.stride(0),
+        kv_heads, max_batch * heads, scale * LOG2_E, **tile, ROWS=rows, STAGES=FRAME_STAGES,
+        PDL=pdl, num_warps=FRAME_WARPS, **launch_options(pdl and after_encode),
     )  # fmt: skip
     max_items, max_pages = len(tables.items), tables.pages.shape[1]
     decode_pages[(kv_heads, max_items, -(-group // MOST_HEADS))](

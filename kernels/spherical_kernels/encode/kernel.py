@@ -32,7 +32,7 @@ def encode_tokens_kernel(
     num_tokens, k_row, k_head, v_row, v_head, centre_side, block_bytes,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     BITS: tl.constexpr, PAGE: tl.constexpr, RADII: tl.constexpr, TILE: tl.constexpr,
-    H: tl.constexpr, ROWS: tl.constexpr,
+    H: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens of one KV head, keys or values, by every program.
 
@@ -43,6 +43,8 @@ def encode_tokens_kernel(
     Centre      float32 [2, kv_heads, D], heads contiguous
     Signs       float32 [D], signs times the rotation's scale
     """
+    if PDL:  # what comes next may start, and waits for the pages where it reads them
+        tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(1)
     side = tl.program_id(2)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -14,6 +14,7 @@ import torch
 import triton
 
 from ..codec.slices import SliceLayout
+from ..device import has_dependent_launch
 from .kernel import encode_tokens_kernel
 
 
@@ -108,7 +109,7 @@ def encode_tokens(
         arena, page_blocks, loc, k, v, places, centre, signs,
         n, k.stride(0), k.stride(1), v.stride(0), v.stride(1), centre.stride(0), block_bytes,
         **kernel_constants(layout), H=page_blocks.shape[1], ROWS=tuning.rows,
-        num_warps=tuning.warps,
+        PDL=has_dependent_launch(arena.device), num_warps=tuning.warps,
     )  # fmt: skip
 
 
