@@ -64,7 +64,7 @@ source = ASTSource(
     constexprs=constants,
     attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
 )
-warps = {"extend_pages": tuning.warps, "attend_new_rows": 4}.get(name, 8)
+warps = {"extend_pages": tuning.warps, "frame_rows": 8}.get(name, 4)
 options = {"num_warps": warps}
 if name == "extend_pages" and tuning.registers:
     options["maxnreg"] = tuning.registers

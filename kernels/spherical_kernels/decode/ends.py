@@ -105,17 +105,6 @@ def load_item(Partial, Lse, item, end, stride, D: tl.constexpr, DP: tl.constexpr
 
 
 @triton.jit
-def join_splits(sums, share, SPLITS: tl.constexpr, GP: tl.constexpr, COPIES: tl.constexpr):
-    """Rows [n, DP] times their `share` [n], added over all splits: [n / SPLITS, DP], COPIES times
-    one below the other."""
-    REQUESTS: tl.constexpr = sums.shape[0] // (SPLITS * GP)
-    DP: tl.constexpr = sums.shape[1]
-    sums = tl.sum(tl.reshape(sums * share[:, None], [REQUESTS, SPLITS, GP, DP]), 1)
-    copies = tl.broadcast_to(sums[None, :, :, :], [COPIES, REQUESTS, GP, DP])
-    return tl.reshape(copies, [COPIES * REQUESTS * GP, DP])
-
-
-@triton.jit
 def load_dual(dual, first, column, D: tl.constexpr, ROWS: tl.constexpr):
     """Rows [first, first + ROWS) of a frame's matrix [D, D]; zero where there are none."""
     d = first + tl.arange(0, ROWS)
@@ -150,6 +139,60 @@ def turn_sums(sums, dual, column, out, D: tl.constexpr):
     return turn_piece(fourth, dual, 3 * QUARTER, column, out, D)
 
 
+@triton.jit
+def merge_frame(
+    partials, lses, item, end, dual, column, stride, D: tl.constexpr, DP: tl.constexpr,
+    SPLITS: tl.constexpr, GP: tl.constexpr, COPIES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Items of one frame: every row takes item, item + SPLITS, ... below `end` [ROWS].
+
+    EARLY: dual holds the frame's columns; else it is where the frame lies.
+    Returns the sums out of their frame, COPIES times [n, COLUMNS], and per request and query head
+    [REQUESTS, GP] the largest logarithm and the mass, which those sums are in units of.
+    """
+    ROWS: tl.constexpr = item.shape[0]
+    REQUESTS: tl.constexpr = ROWS // (SPLITS * GP)
+    top = tl.full([ROWS], NONE, tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, DP], tl.float32)
+    if EARLY:
+        logs, part = load_item(partials, lses, item, end, stride, D, DP)
+    for _ in range((tl.max(end - item, 0) + SPLITS - 1) // SPLITS):
+        if EARLY:  # the next items are on their way while these are added
+            its_logs, its_part = logs, part
+            logs, part = load_item(partials, lses, item + SPLITS, end, stride, D, DP)
+        else:
+            its_logs, its_part = load_item(partials, lses, item, end, stride, D, DP)
+        higher = tl.maximum(top, its_logs)
+        fade, share = tl.exp2(top - higher), tl.exp2(its_logs - higher)
+        sums = sums * fade[:, None] + its_part * share[:, None]
+        mass = mass * fade + share
+        top = higher
+        item += SPLITS
+
+    tops = tl.reshape(top, [REQUESTS, SPLITS, GP])
+    highest = tl.max(tops, 1)
+    shares = tl.exp2(tops - highest[:, None, :])
+    whole = tl.sum(tl.reshape(mass, [REQUESTS, SPLITS, GP]) * shares, 1)
+    sums *= tl.reshape(shares, [ROWS])[:, None]
+    sums = tl.sum(tl.reshape(sums, [REQUESTS, SPLITS, GP, DP]), 1)
+    sums = tl.broadcast_to(sums[None, :, :, :], [COPIES, REQUESTS, GP, DP])
+    sums = tl.reshape(sums, [COPIES * REQUESTS * GP, DP])
+    out = tl.zeros([COPIES * REQUESTS * GP, column.shape[0]], tl.float32)
+    if EARLY:
+        out = tl.dot(sums, dual, out, input_precision="tf32x3")
+    else:
+        out = turn_sums(sums, dual, column, out, D)
+    return out, highest, whole
+
+
+@triton.jit
+def rows_of(x, COPIES: tl.constexpr):
+    """[REQUESTS, GP] -> a column [COPIES * REQUESTS * GP, 1]."""
+    copies = tl.broadcast_to(x[None, :, :], [COPIES, x.shape[0], x.shape[1]])
+    return tl.reshape(copies, [COPIES * x.shape[0] * x.shape[1], 1])
+
+
 @triton.jit(do_not_specialize=["batch"])
 def merge_rows(
     Partial, Lse, ItemStart, HotItems, Dual, Centre, Near, Out, OutLse, batch, kv_heads,
@@ -173,22 +216,14 @@ def merge_rows(
     row = tl.arange(0, REQUESTS * SPLITS * GP)
     request = first_request + row // (GP * SPLITS)
     real = (request < batch) & (row % GP < G)
-    item = tl.load(ItemStart + request, mask=real, other=0)
+    first = tl.load(ItemStart + request, mask=real, other=0)
     end = tl.load(ItemStart + request + 1, mask=real, other=0)
-    middle = end
-    if CALIBRATED:
-        middle = item
-        if HOT:
-            middle += tl.load(HotItems + request, mask=real, other=0)
-    item += row // GP % SPLITS
-    rounds = (tl.max(end - item, 0) + SPLITS - 1) // SPLITS
-    # a product takes 16 rows at least
-    COPIES: tl.constexpr = 16 // (REQUESTS * GP) if REQUESTS * GP < 16 else 1
-    m = tl.arange(0, COPIES * REQUESTS * GP)
-    of_row = first_request + m // GP
-    real = (m < REQUESTS * GP) & (of_row < batch) & (m % GP < G)
-    some = tl.load(ItemStart + of_row, mask=real, other=0)
-    some = tl.load(ItemStart + of_row + 1, mask=real, other=0) > some
+    middle = first
+    if HOT:
+        middle = end
+        if CALIBRATED:
+            middle = first + tl.load(HotItems + request, mask=real, other=0)
+    split = row // GP % SPLITS
     EARLY: tl.constexpr = DP <= 128 and REQUESTS * GP <= 16
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     hot_dual, dual = Dual + head * (D * D), Dual + (kv_heads + head) * (D * D)
@@ -203,51 +238,31 @@ def merge_rows(
     stride = kv_heads * G
     lses = Lse + head * G + row % GP
     partials = Partial + ((head * G + row % GP) * D)[:, None]
-    top = tl.full([row.shape[0]], NONE, tl.float32)
-    mass = tl.zeros([row.shape[0]], tl.float32)
-    hot_sums = tl.zeros([row.shape[0], DP], tl.float32)
-    sums = hot_sums
-    if EARLY:
-        next_logs, next_part = load_item(partials, lses, item, end, stride, D, DP)
-    for _ in range(rounds):
-        if EARLY:  # the next items are on their way while these are added
-            logs, part = next_logs, next_part
-            next_logs, next_part = load_item(partials, lses, item + SPLITS, end, stride, D, DP)
-        else:
-            logs, part = load_item(partials, lses, item, end, stride, D, DP)
-        higher = tl.maximum(top, logs)
-        fade, share = tl.exp2(top - higher), tl.exp2(logs - higher)
-        if HOT:
-            hot_share = tl.where(item < middle, share, 0.0)
-            hot_sums = hot_sums * fade[:, None] + part * hot_share[:, None]
-        if CALIBRATED:
-            its_share = tl.where(item < middle, 0.0, share)
-            sums = sums * fade[:, None] + part * its_share[:, None]
-        mass = mass * fade + share
-        top = higher
-        item += SPLITS
-
-    tops = tl.reshape(top, [REQUESTS, SPLITS, GP])
-    highest = tl.max(tops, 1)
-    shares = tl.exp2(tops - highest[:, None, :])
-    whole = tl.sum(tl.reshape(mass, [REQUESTS, SPLITS, GP]) * shares, 1)
-    shares *= tl.where(whole > 0, 1.0 / whole, 0.0)[:, None, :]
-    shares = tl.reshape(shares, [REQUESTS * SPLITS * GP])
-    out = tl.zeros([COPIES * REQUESTS * GP, COLUMNS], tl.float32)
+    # a product takes 16 rows at least
+    COPIES: tl.constexpr = 16 // (REQUESTS * GP) if REQUESTS * GP < 16 else 1
     if HOT:
-        hot_sums = join_splits(hot_sums, shares, SPLITS, GP, COPIES)
-        if EARLY:
-            out = tl.dot(hot_sums, hot_dual, out, input_precision="tf32x3")
-        else:
-            out = turn_sums(hot_sums, hot_dual, column, out, D)
+        out, top, mass = merge_frame(
+            partials, lses, first + split, middle, hot_dual, column, stride, D, DP, SPLITS, GP,
+            COPIES, EARLY,
+        )  # fmt: skip
     if CALIBRATED:
-        sums = join_splits(sums, shares, SPLITS, GP, COPIES)
-        if EARLY:
-            out = tl.dot(sums, dual, out, input_precision="tf32x3")
-        else:
-            out = turn_sums(sums, dual, column, out, D)
+        its_out, its_top, its_mass = merge_frame(
+            partials, lses, middle + split, end, dual, column, stride, D, DP, SPLITS, GP, COPIES,
+            EARLY,
+        )  # fmt: skip
+        if HOT:
+            higher = tl.maximum(top, its_top)
+            fade, its_fade = tl.exp2(top - higher), tl.exp2(its_top - higher)
+            its_out = out * rows_of(fade, COPIES) + its_out * rows_of(its_fade, COPIES)
+            its_top, its_mass = higher, mass * fade + its_mass * its_fade
+        out, top, mass = its_out, its_top, its_mass
+    inverse = tl.where(mass == 0, 0.0, 1.0 / mass)  # NaN stays
+    m = tl.arange(0, COPIES * REQUESTS * GP)
+    of_row = first_request + m // GP
+    real = (m < REQUESTS * GP) & (of_row < batch) & (m % GP < G)
+    out *= rows_of(inverse, COPIES)
+    out = tl.where(rows_of(mass, COPIES) == 0, 0.0, out + centre[None, :])
     query = (of_row * kv_heads + head) * G + m % GP
-    out = tl.where(some[:, None], out + centre[None, :], 0.0)
     target = Out + query.to(tl.int64)[:, None] * D + column[None, :]
     inside = real[:, None] & (column < D)[None, :]
     tl.store(target, out.to(Out.dtype.element_ty), mask=inside)
@@ -257,5 +272,5 @@ def merge_rows(
         at_lse = (r * kv_heads + head) * G + g
         mine = (r < batch) & (g < G)
         near = tl.load(Near + at_lse, mask=mine, other=0.0)
-        lse = (highest + tl.log2(whole) + near) * LN_2
-        tl.store(OutLse + at_lse, tl.where(whole > 0, lse, -float("inf")), mask=mine)
+        lse = (top + tl.log2(mass) + near) * LN_2
+        tl.store(OutLse + at_lse, tl.where(mass > 0, lse, -float("inf")), mask=mine)

@@ -40,9 +40,8 @@ SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
 
 MERGE_ELEMENTS, MOST_MERGE_ROWS, MERGE_COLUMNS, MERGE_WARPS = 8192, 64, 32, 8
 """Numbers and rows (request, split, query head) at once in a program of the merge, channels that it
-puts out, and its warps. Half the numbers for LARGE_BATCH requests and more and for wide heads,
-whose frames do not wait in registers; half the warps for such batches: two programs then fit where
-one would."""
+puts out, and its warps: half of them for LARGE_BATCH requests and more, since two programs then fit
+where one would."""
 
 LARGE_BATCH = 64
 
@@ -211,8 +210,7 @@ def merge_constants(batch: int, group: int, head_dim: int) -> dict[str, int]:
     heads = _power_of_two(group)
     width = max(16, _power_of_two(head_dim))
     large = batch >= LARGE_BATCH
-    elements = MERGE_ELEMENTS // (2 if large or width > 128 else 1)
-    rows = max(heads, min(MOST_MERGE_ROWS, elements // width))
+    rows = max(heads, min(MOST_MERGE_ROWS, MERGE_ELEMENTS // width))
     most = (rows if large else 16) // heads  # more rows of output than 16 would wait for frames
     together = max(1, min(_power_of_two(batch) // 4, most))
     splits = rows // (heads * together)

@@ -494,24 +494,16 @@ def frame_rows(
 
 @triton.jit
 def joined_splits(
-    Partial, Lse, place, splits, stride, total, DC: tl.constexpr, BLOCK: tl.constexpr
+    Partial, Lse, place, column, splits, stride, total, DC: tl.constexpr
 ):  # fmt: skip
-    """The splits' sums, weighted by their share of `total` (base 2): float32 [ROWS, BLOCK] for
-    every BLOCK columns."""
-    column = tl.arange(0, BLOCK)
-    sums = ()
-    for i in tl.static_range(DC // BLOCK):
-        sums = sums + (tl.zeros([place.shape[0], BLOCK], tl.float32),)
+    """Columns of the splits' sums, weighted by their share of `total` (base 2): [ROWS, columns]."""
+    sums = tl.zeros([place.shape[0], column.shape[0]], tl.float32)
     for split in range(splits):
         at = place + split * stride
         logs = tl.load(Lse + at)
-        share = tl.exp2(logs - total)[:, None]
         known = (logs > -float("inf"))[:, None]
-        part = Partial + at[:, None] * DC + column[None, :]
-        added = ()
-        for i in tl.static_range(DC // BLOCK):
-            added = added + (sums[i] + tl.load(part + i * BLOCK, mask=known, other=0.0) * share,)
-        sums = added
+        part = tl.load(Partial + at[:, None] * DC + column[None, :], mask=known, other=0.0)
+        sums += part * tl.exp2(logs - total)[:, None]
     return sums
 
 
@@ -560,10 +552,11 @@ def finish_rows(
     for i in tl.static_range(PLANES):
         partial, logs = Partial + i * plane * DC, Lse + i * plane
         at = Dual + (i * kv_heads + head).to(tl.int64) * (D * D) + column[None, :]
-        sums = joined_splits(partial, logs, place, splits, stride, total, DC, BLOCK)
-        for j in tl.static_range(DC // BLOCK):
-            channel = channel_of(j * BLOCK + tl.arange(0, BLOCK), D, BANDS[i])
-            part = tl.where((channel < D)[None, :], sums[j], 0.0)
+        for start in range(0, DC, BLOCK):
+            some_columns = start + tl.arange(0, BLOCK)
+            channel = channel_of(some_columns, D, BANDS[i])
+            part = joined_splits(partial, logs, place, some_columns, splits, stride, total, DC)
+            part = tl.where((channel < D)[None, :], part, 0.0)
             inside = (channel < D)[:, None] & (column < D)[None, :]
             dual = tl.load(at + channel[:, None] * D, mask=inside, other=0.0)
             out = tl.dot(part, dual, out, input_precision="tf32x3")

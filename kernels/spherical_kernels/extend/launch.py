@@ -28,6 +28,7 @@ from .tables import ExtendTables
 SHRUNK, UNITS = 8.0, 4096.0  # of operands (kernel.py)
 _FRAME_ROWS = 64
 _BLOCK_PAGES = 16  # whose centroids meet the queries together
+_FRAME_WARPS, FINISH_WARPS = 8, 4  # fewer for the latter: two programs fit where one would
 
 Kind = tuple[SliceLayout, SliceLayout]
 """Layouts of the keys and of the values of a page."""
@@ -152,7 +153,8 @@ def _attend_prefix(
     constants = frame_constants([kinds[kind][0] for kind in plane_of], group)
     frame_rows[(-(-rows // constants["ROWS"]), kv_heads, present)](
         q, frames.key_duals, frames.key_centre, framed, scales, near, tokens, kv_heads,
-        scale * LOG2_E, **constants, PDL=pdl, num_warps=8, **launch_options(pdl),
+        scale * LOG2_E, **constants, PDL=pdl, num_warps=_FRAME_WARPS,
+        **launch_options(pdl),
     )  # fmt: skip
     written: set[int] = set()
     for i, (kind, plane) in enumerate(plane_of.items()):
@@ -188,7 +190,7 @@ def _finish(
         new.contiguous(), new_lse.contiguous(), out, lse, rows, len(tables.items), kv_heads,
         D=d, DC=columns_of(d), G=heads // kv_heads, M=tables.tile_rows, ROWS=block,
         PLANES=len(prefix.planes), BANDS=_bands(prefix.planes), BLOCK=min(32, columns_of(d)),
-        PDL=pdl, num_warps=8, **launch_options(pdl),
+        PDL=pdl, num_warps=FINISH_WARPS, **launch_options(pdl),
     )  # fmt: skip
     return out, lse
 
