@@ -17,6 +17,10 @@ OLDEST_GPU = (8, 0)
 GPU_HEAD_DIMS = (64, 80, 96, 128, 256)
 """Head dimensions that the kernels are tested at; narrower bands than theirs read wrongly."""
 
+LARGE_PAGE_HEAD_DIMS, LARGE_PAGE = (80, 96), 64
+"""Rows of these that are no whole words leave an operand transposed in shared memory, and Triton's
+product reads it wrongly where it is narrower than this page (docs/kernels.md)."""
+
 
 def build_backend(model_runner: Any) -> SphericalAttnBackend:
     """The backend of one rank. Raises StartupError for a foreign pool or an attention not built."""
@@ -33,7 +37,7 @@ def build_backend(model_runner: Any) -> SphericalAttnBackend:
             q_heads.add(layer.tp_q_head_num)
     if pool.arena.device.type == "cpu":
         return SphericalAttnBackend(model_runner)
-    _check_gpu(pool.arena.device, pool.layout.head_dim)
+    _check_gpu(pool.arena.device, pool.layout.head_dim, pool.layout.page_size)
     from sglang_spherical.attention.kernel_backend import KernelAttnBackend
 
     if len(q_heads) != 1:
@@ -44,7 +48,7 @@ def build_backend(model_runner: Any) -> SphericalAttnBackend:
     return KernelAttnBackend(model_runner, q_heads.pop())
 
 
-def _check_gpu(device: torch.device, head_dim: int) -> None:
+def _check_gpu(device: torch.device, head_dim: int, page_size: int) -> None:
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < OLDEST_GPU:
         raise StartupError(
             f"{torch.cuda.get_device_name(device)}: the kernels of --kv-format spherical need an "
@@ -56,6 +60,12 @@ def _check_gpu(device: torch.device, head_dim: int) -> None:
         raise StartupError(
             f"heads of dimension {head_dim}: the GPU kernels of --kv-format spherical serve "
             f"{known}: use --device cpu, or --kv-format dense"
+        )
+    if head_dim in LARGE_PAGE_HEAD_DIMS and page_size < LARGE_PAGE:
+        raise StartupError(
+            f"--page-size {page_size} with heads of dimension {head_dim}: the GPU kernels of "
+            f"--kv-format spherical need pages of {LARGE_PAGE} tokens there: use --page-size "
+            f"{LARGE_PAGE}"
         )
 
 

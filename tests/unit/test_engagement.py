@@ -233,17 +233,22 @@ def test_a_worker_is_verified_once_built(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("capability", "head_dim", "message"),
+    ("capability", "head_dim", "page_size", "message"),
     [
-        ((7, 5), 128, "need an NVIDIA GPU of compute capability 8.0"),
-        ((9, 0), 32, "heads of dimension 32: the GPU kernels .* serve 64, 80, 96, 128, 256"),
+        ((7, 5), 128, 64, "need an NVIDIA GPU of compute capability 8.0"),
+        ((9, 0), 32, 64, "heads of dimension 32: the GPU kernels .* serve 64, 80, 96, 128, 256"),
+        ((9, 0), 80, 32, "--page-size 32 with heads of dimension 80.* use --page-size 64"),
     ],
 )
 def test_what_the_kernels_cannot_read_is_refused_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], head_dim: int, message: str
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    head_dim: int,
+    page_size: int,
+    message: str,
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     with pytest.raises(StartupError, match=message):
-        attention._check_gpu(torch.device("cuda"), head_dim)
+        attention._check_gpu(torch.device("cuda"), head_dim, page_size)
