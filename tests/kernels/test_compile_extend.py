@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from spherical_kernels.codec.patterns import PATTERNS
 from spherical_kernels.codec.slices import slice_layout
-from spherical_kernels.extend import kernel
+from spherical_kernels.extend import ends, kernel
 from spherical_kernels.extend.launch import frame_constants, kernel_constants, tuning_for
 from spherical_kernels.extend.new_tokens import columns_of, new_rows_constants
 
@@ -51,7 +51,7 @@ TYPES = {
     **{name: "*" + dtype for name in ("Q", "K", "V", "New", "Out")},
 }
 DEFAULTS = {True: "*fp32", False: "i32"}
-function = getattr(kernel, name)
+function = getattr(kernel if name == "extend_pages" else ends, name)
 types = {}
 for argument in function.arg_names:
     types[argument] = TYPES.get(argument, DEFAULTS[argument[0].isupper()])

@@ -6,7 +6,7 @@ page become float16 in frame coordinates once per tile, level * radius, and meet
 tensor cores; page centroids enter as one product per row and page, for BLOCK pages at once.
 
 A word is four bytes, four neighbouring channels. It unpacks to pairs of 16-bit lanes, so channels
-stand in an order of their own in every [.., DC] tensor: `channel_of` says which one a column is.
+stand in an order of their own in every [.., DC] tensor (columns.py).
 
 A side (keys or values) is described by tuples of constants:
     TILES  (first word, words per row, bits of a run, bytes per row; the last two 0 without runs)
@@ -22,41 +22,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .columns import step_of
+
 SHRUNK = tl.constexpr(8.0)  # hot operands are values over this: keeps large radii in float16
 UNITS = tl.constexpr(4096.0)  # calibrated ones are level * radius over this, which is exact
 BOOST = tl.constexpr(16.0)  # weights of calibrated values are held times this: keeps small ones
 SMALLEST = tl.constexpr(2.0**-24)  # unit that a slice without spread is given
 NONE = tl.constexpr(-1e30)  # the maximum of no logits
-
-
-@triton.jit
-def channel_of(column, D: tl.constexpr, NB: tl.constexpr):
-    """The channel of each column; D where a column is none."""
-    band = column // 4 % NB
-    within = column // (4 * NB) * 4 + column % 2 * 2 + column // 2 % 2
-    return tl.where(within < D // NB, band * (D // NB) + within, D)
-
-
-@triton.jit
-def step_of(column, STEPS: tl.constexpr):
-    """The step of each column's band."""
-    step = tl.full([column.shape[0]], STEPS[0], tl.float32)
-    for b in tl.static_range(len(STEPS)):
-        step = tl.where(column // 4 % len(STEPS) == b, STEPS[b], step)
-    return step
-
-
-@triton.constexpr_function
-def entry_of(table, index):
-    """An entry that is a tuple itself; Triton passes those on in no other way."""
-    return table[index]
-
-
-@triton.jit
-def columns_of_kind(column, D: tl.constexpr, STEPS: tl.constexpr, KIND: tl.constexpr):
-    """Channel and step of each column, by the steps of a kind."""
-    MINE: tl.constexpr = entry_of(STEPS, KIND)
-    return channel_of(column, D, len(MINE)), step_of(column, MINE)
 
 
 @triton.constexpr_function
@@ -433,188 +405,3 @@ def extend_pages(
         lse = whole
     tl.store(target, out)
     tl.store(Lse + place + m, lse)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def frame_rows(
-    Q, Dual, Centre, Framed, Scales, Near, tokens, kv_heads, scale,
-    D: tl.constexpr, DC: tl.constexpr, STEPS: tl.constexpr, PLANES: tl.constexpr, G: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Queries of one KV head into the frame and the steps of a kind: ROWS rows by every program,
-    BLOCK of their channels at once.
-
-    Q       [tokens, kv_heads * G, D]; logits in base 2 are `scale` times q . k
-    Dual    float32 [planes, kv_heads, D, D], B; Centre float32 [kv_heads, D]
-    Framed  float16 [kinds, kv_heads, tokens * G, DC] at most 2**8, times 1 / Scales float32 [kinds,
-            kv_heads, tokens * G]; Near float32 [kv_heads, tokens * G], q . centre; all in base 2
-    STEPS, PLANES  steps and frame of every kind
-    """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    head, kind = tl.program_id(1), tl.program_id(2)
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    known = r < tokens * G
-    column = tl.arange(0, DC)
-    channel, step = columns_of_kind(column, D, STEPS, 0)
-    plane = PLANES[0]
-    for i in tl.static_range(1, len(STEPS)):
-        its_channel, its_step = columns_of_kind(column, D, STEPS, i)
-        channel, step = (
-            tl.where(kind == i, its_channel, channel),
-            tl.where(kind == i, its_step, step),
-        )
-        plane = tl.where(kind == i, PLANES[i], plane)
-    q_row = (r // G * kv_heads + head).to(tl.int64) * G + r % G
-    dual = Dual + (plane * kv_heads + head).to(tl.int64) * (D * D)
-    framed = tl.zeros([ROWS, DC], tl.float32)
-    near = tl.zeros([ROWS], tl.float32)
-    for start in tl.range(0, DC, BLOCK, num_stages=1):
-        d = start + tl.arange(0, BLOCK)
-        inside = known[:, None] & (d < D)[None, :]
-        q = tl.load(Q + q_row[:, None] * D + d[None, :], mask=inside, other=0.0)
-        q = q.to(tl.float32) * scale
-        inside = (d < D)[:, None] & (channel < D)[None, :]
-        turned = tl.load(dual + channel[None, :] * D + d[:, None], mask=inside, other=0.0)
-        framed = tl.dot(q, turned, framed, input_precision="tf32x3")
-        centre = tl.load(Centre + head * D + d, mask=d < D, other=0.0)
-        near += tl.sum(q * centre[None, :], 1)
-    framed *= step[None, :]
-    peak = tl.max(tl.abs(framed), 1)
-    unit = tl.where(peak > 0, peak * 2.0**-8, 1.0)
-    place = (kind * kv_heads + head).to(tl.int64) * (tokens * G) + r
-    framed = (framed / unit[:, None]).to(tl.float16)
-    tl.store(Framed + place[:, None] * DC + column[None, :], framed, mask=known[:, None])
-    tl.store(Scales + place, unit, mask=known)
-    if kind == 0:
-        tl.store(Near + head.to(tl.int64) * (tokens * G) + r, near, mask=known)
-    if PDL:  # the new tokens' attention, which this did not need, is done when this is
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def joined_splits(
-    Partial, Lse, place, column, splits, stride, total, DC: tl.constexpr
-):  # fmt: skip
-    """Columns of the splits' sums, weighted by their share of `total` (base 2): [ROWS, columns]."""
-    sums = tl.zeros([place.shape[0], column.shape[0]], tl.float32)
-    for split in range(splits):
-        at = place + split * stride
-        logs = tl.load(Lse + at)
-        known = (logs > -float("inf"))[:, None]
-        part = tl.load(Partial + at[:, None] * DC + column[None, :], mask=known, other=0.0)
-        sums += part * tl.exp2(logs - total)[:, None]
-    return sums
-
-
-@triton.jit(do_not_specialize=["rows", "items"])
-def finish_rows(
-    Partial, Lse, Tiles, Requests, Dual, Centre, Near, New, NewLse, Out, OutLse,
-    rows, items, kv_heads,
-    D: tl.constexpr, DC: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
-    PLANES: tl.constexpr, BANDS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """ROWS rows of a tile of one KV head: splits, frames, then new tokens become one attention.
-
-    Partial  float32 [PLANES, items, kv_heads, M, DC]; Lse [PLANES, items, kv_heads, M], base 2
-    Tiles    int32 [tiles, 4]: request, first row, first item, splits
-    Dual     float32 [PLANES, kv_heads, D, D], B of the value frames; Centre float32 [kv_heads, D]
-    BANDS    bands of every plane's frame
-    New      [tokens, kv_heads * G, D], NewLse float32 [tokens, kv_heads * G], base 2: of the new
-             tokens among themselves
-    Out      like New; OutLse float32 like NewLse, natural
-    """
-    tile, head = tl.program_id(0) // (M // ROWS), tl.program_id(1)
-    m = tl.program_id(0) % (M // ROWS) * ROWS + tl.arange(0, ROWS)
-    request = tl.load(Tiles + tile * 4)
-    r = tl.load(Tiles + tile * 4 + 1) + m
-    first_item = tl.load(Tiles + tile * 4 + 2)
-    splits = tl.load(Tiles + tile * 4 + 3)
-    known = r < tl.load(Requests + request * 4 + 1) * G
-    r += tl.load(Requests + request * 4) * G
-    column = tl.arange(0, DC)
-    stride = kv_heads * M
-    plane = tl.cast(items, tl.int64) * stride
-    place = (first_item * kv_heads + head).to(tl.int64) * M + m
-    centre = tl.load(Centre + head * D + column, mask=column < D, other=0.0)
-    top = tl.full([ROWS], NONE, tl.float32)
-    mass = tl.zeros([ROWS], tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    for i in range(PLANES * splits):
-        logs = tl.load(Lse + i // splits * plane + place + i % splits * stride)
-        higher = tl.maximum(top, logs)
-        mass = mass * tl.exp2(top - higher) + tl.exp2(logs - higher)
-        top = higher
-    some = mass > 0
-    total = tl.where(some, top + tl.log2(mass), 0.0)
-    out = tl.where(some[:, None], centre[None, :], 0.0)
-    for i in tl.static_range(PLANES):
-        partial, logs = Partial + i * plane * DC, Lse + i * plane
-        at = Dual + (i * kv_heads + head).to(tl.int64) * (D * D) + column[None, :]
-        for start in range(0, DC, BLOCK):
-            some_columns = start + tl.arange(0, BLOCK)
-            channel = channel_of(some_columns, D, BANDS[i])
-            part = joined_splits(partial, logs, place, some_columns, splits, stride, total, DC)
-            part = tl.where((channel < D)[None, :], part, 0.0)
-            inside = (channel < D)[:, None] & (column < D)[None, :]
-            dual = tl.load(at + channel[:, None] * D, mask=inside, other=0.0)
-            out = tl.dot(part, dual, out, input_precision="tf32x3")
-    near = tl.load(Near + head.to(tl.int64) * rows + r, mask=known, other=0.0)
-    prefix = tl.where(some, total + near, -float("inf"))
-    at = (r // G * kv_heads + head).to(tl.int64) * G + r % G
-    new = tl.load(NewLse + at, mask=known, other=0.0)
-    inside = known[:, None] & (column < D)[None, :]
-    dense = tl.load(New + at[:, None] * D + column[None, :], mask=inside, other=0.0)
-    peak = tl.maximum(prefix, new)
-    whole = peak + tl.log2(tl.exp2(prefix - peak) + tl.exp2(new - peak))
-    out *= tl.exp2(prefix - whole)[:, None]
-    out += dense.to(tl.float32) * tl.exp2(new - whole)[:, None]
-    tl.store(Out + at[:, None] * D + column[None, :], out.to(Out.dtype.element_ty), mask=inside)
-    tl.store(OutLse + at, whole * 0.6931471805599453, mask=known)
-
-
-@triton.jit
-def attend_new_rows(
-    Q, K, V, Tiles, Requests, Out, Lse, kv_heads, scale,
-    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Causal attention of ROWS rows of a tile to their request's new tokens, BLOCK at once.
-
-    Q    [tokens, kv_heads * G, D]; K, V [tokens, kv_heads, D]; `scale` times q . k is in base 2
-    Out  like Q; Lse float32 [tokens, kv_heads * G], base 2
-    """
-    tile, head = tl.program_id(0) // (M // ROWS), tl.program_id(1)
-    request = tl.load(Tiles + tile * 4)
-    first_row = tl.load(Tiles + tile * 4 + 1) + tl.program_id(0) % (M // ROWS) * ROWS
-    first_token = tl.load(Requests + request * 4)
-    tokens = tl.load(Requests + request * 4 + 1)
-    r = first_row + tl.arange(0, ROWS)
-    known = r < tokens * G
-    d = tl.arange(0, DP)
-    b = tl.arange(0, BLOCK)
-    at = ((first_token + r // G) * kv_heads + head).to(tl.int64) * G + r % G
-    inside = known[:, None] & (d < D)[None, :]
-    q = tl.load(Q + at[:, None] * D + d[None, :], mask=inside, other=0.0)
-    top = tl.full([ROWS], NONE, tl.float32)
-    mass = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DP], tl.float32)
-    last = tl.minimum(tokens, (first_row + ROWS - 1) // G + 1)
-    for start in range(0, last, BLOCK):
-        token = start + b
-        place = ((first_token + token) * kv_heads + head).to(tl.int64) * D
-        mask = (token < tokens)[:, None] & (d < D)[None, :]
-        k = tl.load(K + place[:, None] + d[None, :], mask=mask, other=0.0)
-        dots = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
-        dots = tl.where(token[None, :] <= (r // G)[:, None], dots, -float("inf"))
-        new_top = tl.maximum(top, tl.max(dots, 1))
-        fade = tl.exp2(top - new_top)
-        p = tl.exp2(dots - new_top[:, None])
-        mass = mass * fade + tl.sum(p, 1)
-        top = new_top
-        v = tl.load(V + place[:, None] + d[None, :], mask=mask, other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="tf32x3")
-    out = (acc / mass[:, None]).to(Out.dtype.element_ty)
-    tl.store(Out + at[:, None] * D + d[None, :], out, mask=inside)
-    tl.store(Lse + at, top + tl.log2(mass), mask=known)

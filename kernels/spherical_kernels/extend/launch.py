@@ -21,7 +21,8 @@ from ..codec.pages import GAUSSIAN_STEP
 from ..codec.patterns import FrameKind
 from ..codec.slices import SliceLayout
 from ..device import has_dependent_launch, has_ptx, launch_options
-from .kernel import extend_pages, finish_rows, frame_rows
+from .ends import finish_rows, frame_rows
+from .kernel import extend_pages
 from .new_tokens import LOG2_E, attend_new_tokens, columns_of
 from .tables import ExtendTables
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from .kernel import attend_new_rows
+from .ends import attend_new_rows
 from .tables import ExtendTables
 
 LOG2_E = 1.4426950408889634
