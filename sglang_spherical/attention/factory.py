@@ -18,8 +18,8 @@ GPU_HEAD_DIMS = (64, 80, 96, 128, 256)
 """Head dimensions that the kernels are tested at; narrower bands than theirs read wrongly."""
 
 LARGE_PAGE_HEAD_DIMS, LARGE_PAGE = (80, 96), 64
-"""Rows of these that are no whole words leave an operand transposed in shared memory, and Triton's
-product reads it wrongly where it is narrower than this page (docs/kernels.md)."""
+"""Rows of these that are no whole words leave an operand transposed in shared memory. Triton's
+product was seen to read such a one wrongly where pages were smaller than this (docs/kernels.md)."""
 
 
 def build_backend(model_runner: Any) -> SphericalAttnBackend:

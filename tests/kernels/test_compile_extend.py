@@ -26,7 +26,9 @@ from triton.compiler import ASTSource
 from spherical_kernels.codec.patterns import PATTERNS
 from spherical_kernels.codec.slices import slice_layout
 from spherical_kernels.extend import ends, kernel
-from spherical_kernels.extend.launch import frame_constants, kernel_constants, tuning_for
+from spherical_kernels.extend.launch import (
+    FINISH_WARPS, FRAME_WARPS, frame_constants, kernel_constants, tuning_for,
+)
 from spherical_kernels.extend.new_tokens import columns_of, new_rows_constants
 
 name, dtype, keys, values, d, page = *sys.argv[1:3], *map(int, sys.argv[3:])
@@ -64,7 +66,10 @@ source = ASTSource(
     constexprs=constants,
     attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
 )
-warps = {"extend_pages": tuning.warps, "frame_rows": 8}.get(name, 4)
+warps = {
+    "extend_pages": tuning.warps, "frame_rows": FRAME_WARPS, "finish_rows": FINISH_WARPS,
+    "attend_new_rows": 4,
+}[name]
 options = {"num_warps": warps}
 if name == "extend_pages" and tuning.registers:
     options["maxnreg"] = tuning.registers

@@ -37,10 +37,8 @@ def frame_rows(
     plane = PLANES[0]
     for i in tl.static_range(1, len(STEPS)):
         its_channel, its_step = columns_of_kind(column, D, STEPS, i)
-        channel, step = (
-            tl.where(kind == i, its_channel, channel),
-            tl.where(kind == i, its_step, step),
-        )
+        channel = tl.where(kind == i, its_channel, channel)
+        step = tl.where(kind == i, its_step, step)
         plane = tl.where(kind == i, PLANES[i], plane)
     q_row = (r // G * kv_heads + head).to(tl.int64) * G + r % G
     dual = Dual + (plane * kv_heads + head).to(tl.int64) * (D * D)
@@ -70,9 +68,7 @@ def frame_rows(
 
 
 @triton.jit
-def joined_splits(
-    Partial, Lse, place, column, splits, stride, total, DC: tl.constexpr
-):  # fmt: skip
+def joined_splits(Partial, Lse, place, column, splits, stride, total, DC: tl.constexpr):
     """Columns of the splits' sums, weighted by their share of `total` (base 2): [ROWS, columns]."""
     sums = tl.zeros([place.shape[0], column.shape[0]], tl.float32)
     for split in range(splits):

@@ -29,7 +29,7 @@ from .tables import ExtendTables
 SHRUNK, UNITS = 8.0, 4096.0  # of operands (kernel.py)
 _FRAME_ROWS = 64
 _BLOCK_PAGES = 16  # whose centroids meet the queries together
-_FRAME_WARPS, FINISH_WARPS = 8, 4  # fewer for the latter: two programs fit where one would
+FRAME_WARPS, FINISH_WARPS = 8, 4  # fewer for the latter: two programs fit where one would
 
 Kind = tuple[SliceLayout, SliceLayout]
 """Layouts of the keys and of the values of a page."""
@@ -154,8 +154,7 @@ def _attend_prefix(
     constants = frame_constants([kinds[kind][0] for kind in plane_of], group)
     frame_rows[(-(-rows // constants["ROWS"]), kv_heads, present)](
         q, frames.key_duals, frames.key_centre, framed, scales, near, tokens, kv_heads,
-        scale * LOG2_E, **constants, PDL=pdl, num_warps=_FRAME_WARPS,
-        **launch_options(pdl),
+        scale * LOG2_E, **constants, PDL=pdl, num_warps=FRAME_WARPS, **launch_options(pdl),
     )  # fmt: skip
     written: set[int] = set()
     for i, (kind, plane) in enumerate(plane_of.items()):

@@ -15,6 +15,7 @@ import triton
 
 from ..codec.pages import GAUSSIAN_STEP
 from ..codec.slices import SliceLayout
+from ..device import has_ptx
 from .kernel import place_slices, reencode_slices
 
 SIDES = 0, 1  # keys, values
@@ -111,7 +112,6 @@ def reencode_pages(
     scratch = [
         torch.empty(at_once * size, dtype=torch.uint8, device=arena.device) for size in page_bytes
     ]
-    on_gpu = arena.device.type == "cuda" and torch.version.cuda is not None
     pages = pages.contiguous()
     columns, tuning = page_blocks.shape[1], tuning or tuning_for(d)
     for first in range(0, len(pages), at_once):
@@ -120,9 +120,9 @@ def reencode_pages(
         for which in SIDES:
             reencode_slices[(slices, splits)](
                 arena, page_blocks, pages, old_places, turns.matrices, turns.scales, scratch[which],
-                first, count, block_bytes, SIDE=which, H=columns, STAGES=tuning.stages, PTX=on_gpu,
-                **kernel_constants(old[which], new[which]), num_warps=tuning.warps,
-                maxnreg=tuning.registers,
+                first, count, block_bytes, SIDE=which, H=columns, STAGES=tuning.stages,
+                PTX=has_ptx(arena.device), **kernel_constants(old[which], new[which]),
+                num_warps=tuning.warps, maxnreg=tuning.registers,
             )  # fmt: skip
         for which in SIDES:
             size = new[which].size_bytes
