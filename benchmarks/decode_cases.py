@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -72,7 +72,7 @@ every page is of a random kind."""
 class Batch:
     """Random pages on the GPU: the slices of a page adjacent, the pages in random order."""
 
-    def __init__(self, shape: Shape, tier: str) -> None:
+    def __init__(self, shape: Shape, tier: str, layers: int = 1) -> None:
         self.shape = shape
         torch.manual_seed(shape.context + shape.head_dim)
         d, heads = shape.head_dim, shape.kv_heads
@@ -96,7 +96,8 @@ class Batch:
         counts = torch.bincount(self.level.long(), minlength=len(pairs)).tolist()
         bytes_of = sum(n * pair * heads for n, pair in zip(counts, pairs))
         self.bytes = bytes_of + ENTRY_BYTES * heads * len(self.level)
-        block_bytes = heads * max(pair for pair, n in zip(pairs, counts) if n)
+        layer_bytes = heads * max(pair for pair, n in zip(pairs, counts) if n)
+        block_bytes = layers * layer_bytes
         places = torch.zeros(len(pairs), heads, 2, 2, dtype=torch.int32)
         for kind, (keys, _) in enumerate(self.kinds):
             places[kind, :, 0, 1] = torch.arange(heads) * pairs[kind]
@@ -105,9 +106,15 @@ class Batch:
         size = len(self.level) * block_bytes
         arena = torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda")
         self.pages = LayerPages(arena, blocks, places.cuda(), block_bytes)
-        for kind in range(len(self.kinds)):
-            for side, layout in enumerate(self.kinds[kind]):
-                self._write_radii(layout, self._places(kind, side))
+        step = torch.tensor([0, layer_bytes], dtype=torch.int32)
+        places_of = [(places + layer * step).cuda() for layer in range(layers)]
+        self.layers: list[LayerPages] = []
+        for layer in range(layers):
+            self.pages = replace(self.pages, places=places_of[layer])
+            for kind in range(len(self.kinds)):
+                for side, layout in enumerate(self.kinds[kind]):
+                    self._write_radii(layout, self._places(kind, side))
+            self.layers.append(self.pages)
 
     def _levels(self, tier: str) -> torch.Tensor:
         shape = self.shape.batch, self.shape.pages

@@ -114,10 +114,22 @@ class SliceLayout:
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
-        """Full tiles, then those of left-over digits; widest digits first."""
+        """Full tiles, widest digits first, then those of left-over digits.
+
+        As few digits as possible are left over: a tile of narrow rows costs a kernel as many
+        instructions as a wide one."""
+        waiting = self._digits()
+        over, left_over = sum(bits for _, bits, _ in waiting) % 8, []
+        while over:
+            fits = [digit for digit in waiting if digit[1] <= over]
+            widest = max(bits for _, bits, _ in fits)
+            left_over.append(next(digit for digit in reversed(fits) if digit[1] == widest))
+            waiting.remove(left_over[-1])
+            over -= widest
+
         tiles: list[Tile] = []
-        offset, waiting = self.radii_offset_bytes + self.radii_bytes, self._digits()
-        while sum(bits for _, bits, _ in waiting) >= 8:
+        offset = self.radii_offset_bytes + self.radii_bytes
+        while waiting:
             together: list[Digit] = []
             filled = 8
             while filled:
@@ -126,7 +138,7 @@ class SliceLayout:
                 together.append(Digit(band, bits, filled, code_shift))
             tiles.append(Tile(tuple(together), 1, offset, self.band_width))
             offset += self.page_size * self.band_width
-        for band, bits, code_shift in waiting:
+        for band, bits, code_shift in left_over:
             row_bytes = self.band_width * bits // 8
             tiles.append(Tile((Digit(band, bits, 0, code_shift),), 8 // bits, offset, row_bytes))
             offset += self.page_size * row_bytes

@@ -249,6 +249,8 @@ def _constants(keys: SliceLayout, values: SliceLayout, tuning: Tuning) -> tuple[
     page = keys.page_size * (len(keys.tiles) * key_row + len(value_tiles) * 2 * value_row + 4)
     page += (2 if keys.head_dim > 64 else 16 + 8) * _power_of_two(keys.head_dim) + 64
     room = SHARED_BYTES // tuning.programs - RESERVED_BYTES
+    if any(tile.runs > 1 for tile in keys.tiles):  # these codes change lanes through shared memory
+        room -= keys.page_size * key_row
     return (
         keys.calibrated, keys.radii_offset_bytes // 2, key_row, value_row, *_key_tables(keys),
         value_tiles, *_value_tables(values, stacked), min(tuning.stages, max(2, 1 + room // page)),
