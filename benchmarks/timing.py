@@ -11,22 +11,26 @@ FLUSH_BYTES = 256 << 20
 """Written between two launches, so that the second finds nothing of its own in the L2 cache."""
 
 
-def replay_us(function: Callable[[], object], replays: int = 20) -> float:
-    """Median microseconds of a replay of `function`'s CUDA graph."""
-    function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def replay_us(*functions: Callable[[], object], replays: int = 20) -> list[float]:
+    """Median microseconds of a replay of every function's CUDA graph, replayed in turns: what a
+    device's clock does meets all of them."""
+    graphs = []
+    for function in functions:
         function()
-    times = []
+        torch.cuda.synchronize()
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            function()
+    times: list[list[float]] = [[] for _ in functions]
     for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return sorted(times)[len(times) // 2]
+        for graph, found in zip(graphs, times):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            found.append(start.elapsed_time(end) * 1e3)
+    return [sorted(found)[len(found) // 2] for found in times]
 
 
 def launch_us(launches: list[Callable[[], object]], cold: bool) -> float:
@@ -43,8 +47,10 @@ def launch_us(launches: list[Callable[[], object]], cold: bool) -> float:
             if work:
                 launch()
 
-    whole = replay_us(lambda: run(True))
-    return (whole - (replay_us(lambda: run(False)) if cold else 0.0)) / len(launches)
+    if not cold:
+        return replay_us(lambda: run(True))[0] / len(launches)
+    whole, flushes = replay_us(lambda: run(True), lambda: run(False))
+    return (whole - flushes) / len(launches)
 
 
 def graph_us(function: Callable[[], object]) -> float:

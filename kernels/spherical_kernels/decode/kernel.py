@@ -400,8 +400,13 @@ def decode_pages(
         tl.extra.cuda.gdc_wait()
     query = (request * kv_heads + head) * G + first_head
     at = (item.to(tl.int64) * kv_heads + head) * G + first_head
+    # as a bit that the compiler does not see through: equal numbers it would turn into a jump through
+    # a table, for which all of a multiprocessor waits
+    bit = 1 << kind
+    if PTX:
+        bit = tl.inline_asm_elementwise("shl.b32 $0, 1, $1;", "=r,r", [kind], tl.int32, True, 1)
     for i in tl.static_range(len(KINDS)):
-        if kind == i:
+        if (bit >> i) & 1:
             attend_pages(
                 Arena, Pages + request * max_pages, Blocks, places,
                 Parts, Units, query, stride, Out + at * D, Lse + at,
