@@ -81,7 +81,7 @@ from triton.compiler import ASTSource
 
 from spherical_kernels.decode.ends import frame_queries, merge_rows
 from spherical_kernels.decode.launch import (
-    FRAME_STAGES, FRAME_WARPS, merge_constants, merge_warps, query_rows,
+    FRAME_PRECISION, FRAME_STAGES, FRAME_WARPS, merge_constants, merge_warps, query_rows,
 )
 
 head_dim, group, batch = json.loads(sys.argv[1])
@@ -91,7 +91,8 @@ kernels = (
         "Q": "*bf16", "Dual": "*fp32", "Centre": "*fp32", "Parts": "*i8", "Units": "*fp32",
         "Near": "*fp32", "batch": "i32", "q_row": "i32", "kv_heads": "i32", "stride": "i32",
         "scale": "fp32",
-    }, {"ROWS": query_rows(batch, group, head_dim), "STAGES": FRAME_STAGES}),
+    }, {"ROWS": query_rows(batch, group, head_dim), "STAGES": FRAME_STAGES,
+        "PRECISION": FRAME_PRECISION[True]}),
     (merge_rows, merge_warps(batch), {
         "Partial": "*fp32", "Lse": "*fp32", "ItemStart": "*i32", "HotItems": "*i32",
         "Dual": "*fp32", "Centre": "*fp32", "Near": "*fp32", "Out": "*bf16",

@@ -17,7 +17,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def frame_queries(
     Q, Dual, Centre, Parts, Units, Near, batch, q_row, kv_heads, stride, scale,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Queries into a key frame and to integers: ROWS queries of one KV head and a frame by every
     program.
@@ -47,39 +47,40 @@ def frame_queries(
     step = tl.arange(0, STEP)
     dual = Dual + (of_frame * kv_heads + head).to(tl.int64) * (D * D)
     framed = tl.zeros([ROWS, DP], tl.float32)
-    near = tl.zeros([ROWS], tl.float32)
+    near = tl.zeros([ROWS, STEP], tl.float32)
     for start in tl.range(0, D, STEP, num_stages=STAGES):
         channel = start + step
         inside = known[:, None] & (channel < D)[None, :]
         q = tl.load(row[:, None] + channel[None, :], mask=inside, other=0.0)
-        q = q.to(tl.float32) * scale
         inside = (channel < D)[:, None] & real[None, :]
         turned = tl.load(dual + d[None, :] * D + channel[:, None], mask=inside, other=0.0)
-        framed = tl.dot(q, turned, framed, input_precision="tf32x3")
+        # factors in two pieces of bfloat16 are exact to 2**-16, the integers to 2**-14
+        framed = tl.dot(q.to(tl.float32), turned, framed, input_precision=PRECISION)
         centre = tl.load(Centre + head * D + channel, mask=channel < D, other=0.0)
-        near += tl.sum(q * centre[None, :], 1)
+        near += q.to(tl.float32) * centre[None, :]
+    framed *= scale
+    by_band = tl.reshape(framed, [ROWS, BANDS, PADDED])
+    peak = tl.max(tl.abs(by_band), 2)
+    highest = tl.broadcast_to(tl.max(peak, 1)[:, None], [ROWS, BANDS])
     if of_frame == 0:
-        tl.store(Near + query, near, mask=known)
-        store_integers(framed, Parts, Units, query, known, d, real, D, True)
+        tl.store(Near + query, tl.sum(near, 1) * scale, mask=known)
+        store_integers(by_band, highest, Parts, Units, query, known, d, real, D)
     else:
         first = stride + query
-        store_integers(framed, Parts, Units, first, known, d, real, D, False)
-        store_integers(framed, Parts, Units, first + stride, known, d, real, D, True)
+        store_integers(by_band, peak, Parts, Units, first, known, d, real, D)
+        store_integers(by_band, highest, Parts, Units, first + stride, known, d, real, D)
     if PDL:  # the step's tokens, which this did not need, are in their pages when this is done
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def store_integers(
-    framed, Parts, Units, query, known, d, real, D: tl.constexpr, WHOLE: tl.constexpr
+    by_band, peak, Parts, Units, query, known, d, real, D: tl.constexpr
 ):  # fmt: skip
-    """Queries [ROWS, DP] as integers, their units by band or, WHOLE, the same for all bands."""
-    ROWS: tl.constexpr = framed.shape[0]
-    PADDED: tl.constexpr = framed.shape[1] // BANDS
-    by_band = tl.reshape(framed, [ROWS, BANDS, PADDED])
-    peak = tl.max(tl.abs(by_band), 2)
-    if WHOLE:
-        peak = tl.broadcast_to(tl.max(peak, 1)[:, None], [ROWS, BANDS])
+    """Queries [ROWS, BANDS, PADDED] as integers, of which `peak` [ROWS, BANDS] becomes the largest,
+    and their units."""
+    ROWS: tl.constexpr = by_band.shape[0]
+    PADDED: tl.constexpr = by_band.shape[2]
     per_unit = tl.where(peak > 0, QUERY_PEAK / peak, 1.0)
     query = query.to(tl.int64)
     at = (query * BANDS)[:, None] + tl.arange(0, BANDS)[None, :]
@@ -141,12 +142,13 @@ def turn_sums(sums, dual, column, out, D: tl.constexpr):
 
 @triton.jit
 def merge_frame(
-    partials, lses, item, end, dual, column, stride, D: tl.constexpr, DP: tl.constexpr,
+    partials, lses, item, end, logs, part, dual, column, stride, D: tl.constexpr, DP: tl.constexpr,
     SPLITS: tl.constexpr, GP: tl.constexpr, COPIES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Items of one frame: every row takes item, item + SPLITS, ... below `end` [ROWS].
 
-    EARLY: dual holds the frame's columns; else it is where the frame lies.
+    EARLY: logs and part are the first of them, and dual holds the frame's columns; else it is where
+    the frame lies.
     Returns the sums out of their frame, COPIES times [n, COLUMNS], and per request and query head
     [REQUESTS, GP] the largest logarithm and the mass, which those sums are in units of.
     """
@@ -155,8 +157,6 @@ def merge_frame(
     top = tl.full([ROWS], NONE, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, DP], tl.float32)
-    if EARLY:
-        logs, part = load_item(partials, lses, item, end, stride, D, DP)
     for _ in range((tl.max(end - item, 0) + SPLITS - 1) // SPLITS):
         if EARLY:  # the next items are on their way while these are added
             its_logs, its_part = logs, part
@@ -240,15 +240,20 @@ def merge_rows(
     partials = Partial + ((head * G + row % GP) * D)[:, None]
     # a product takes 16 rows at least
     COPIES: tl.constexpr = 16 // (REQUESTS * GP) if REQUESTS * GP < 16 else 1
+    hot_logs, hot_part, logs, part = 0.0, 0.0, 0.0, 0.0
+    if EARLY and HOT:
+        hot_logs, hot_part = load_item(partials, lses, first + split, middle, stride, D, DP)
+    if EARLY and CALIBRATED:
+        logs, part = load_item(partials, lses, middle + split, end, stride, D, DP)
     if HOT:
         out, top, mass = merge_frame(
-            partials, lses, first + split, middle, hot_dual, column, stride, D, DP, SPLITS, GP,
-            COPIES, EARLY,
+            partials, lses, first + split, middle, hot_logs, hot_part, hot_dual, column, stride,
+            D, DP, SPLITS, GP, COPIES, EARLY,
         )  # fmt: skip
     if CALIBRATED:
         its_out, its_top, its_mass = merge_frame(
-            partials, lses, middle + split, end, dual, column, stride, D, DP, SPLITS, GP, COPIES,
-            EARLY,
+            partials, lses, middle + split, end, logs, part, dual, column, stride, D, DP, SPLITS,
+            GP, COPIES, EARLY,
         )  # fmt: skip
         if HOT:
             higher = tl.maximum(top, its_top)

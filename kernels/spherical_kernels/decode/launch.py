@@ -38,15 +38,18 @@ MOST_HEADS = 8
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
 """Shared memory of a multiprocessor, and what the system takes of it for every program."""
 
-MERGE_ELEMENTS, MOST_MERGE_ROWS, MERGE_COLUMNS, MERGE_WARPS = 8192, 64, 32, 8
+MERGE_ELEMENTS, MOST_MERGE_ROWS, MERGE_COLUMNS, MERGE_WARPS = 4096, 32, 32, 8
 """Numbers and rows (request, split, query head) at once in a program of the merge, channels that it
-puts out, and its warps: half of them for LARGE_BATCH requests and more, since two programs then fit
-where one would."""
+puts out, and its warps. For LARGE_BATCH requests and more twice the rows and half the warps, since
+two programs then fit where one would."""
 
 LARGE_BATCH = 64
 
 FRAME_STAGES, FRAME_WARPS = 4, 4
 """Of `frame_queries`: steps of a frame in flight, and warps of a program."""
+
+FRAME_PRECISION = {True: "bf16x3", False: "ieee"}
+"""Of its products: with PTX, and where Triton interprets, which knows no pieces of bfloat16."""
 
 _OPERAND_BITS = 10  # a float16 is linear in its low 10 bits
 
@@ -178,7 +181,8 @@ def run_decode(
     frame_queries[(-(-batch * group // rows) * kv_heads, len(FRAMES))](
         q, frames.key_duals, frames.key_centre, *queries, workspace.near, batch, q.stride(0),
         kv_heads, max_batch * heads, scale * LOG2_E, **tile, ROWS=rows, STAGES=FRAME_STAGES,
-        PDL=pdl, num_warps=FRAME_WARPS, **launch_options(pdl and after_encode),
+        PRECISION=FRAME_PRECISION[has_ptx(q.device)], PDL=pdl, num_warps=FRAME_WARPS,
+        **launch_options(pdl and after_encode),
     )  # fmt: skip
     max_items, max_pages = len(tables.items), tables.pages.shape[1]
     decode_pages[(kv_heads, max_items, -(-group // MOST_HEADS))](
@@ -210,7 +214,7 @@ def merge_constants(batch: int, group: int, head_dim: int) -> dict[str, int]:
     heads = _power_of_two(group)
     width = max(16, _power_of_two(head_dim))
     large = batch >= LARGE_BATCH
-    rows = max(heads, min(MOST_MERGE_ROWS, MERGE_ELEMENTS // width))
+    rows = max(heads, min(MOST_MERGE_ROWS, MERGE_ELEMENTS // width) * (2 if large else 1))
     most = (rows if large else 16) // heads  # more rows of output than 16 would wait for frames
     together = max(1, min(_power_of_two(batch) // 4, most))
     splits = rows // (heads * together)
