@@ -30,7 +30,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
@@ -260,30 +261,46 @@ def flags(name: str, args: argparse.Namespace) -> list[str]:
     return [*dense, "--max-total-tokens", str(tokens)]
 
 
-def serve(name: str, shape: Shape, text: list[int] | None, args: argparse.Namespace) -> list[Cell]:
+def start(name: str, args: argparse.Namespace) -> AbstractContextManager[Server]:
+    """A server of that name, while the context lasts."""
+    log = args.log_dir / f"{name}.log" if args.log_dir else None
+    return launch(args.model, args=flags(name, args), log=log)
+
+
+@contextmanager
+def start_together(args: argparse.Namespace) -> Iterator[dict[str, Server]]:
+    """All servers at once, started side by side; only one of them is asked at a time."""
+    with ThreadPoolExecutor(len(args.servers)) as threads, ExitStack() as stack:
+        starting = {
+            name: threads.submit(stack.enter_context, start(name, args)) for name in args.servers
+        }
+        yield {name: server.result() for name, server in starting.items()}
+
+
+def serve(
+    server: Server, name: str, shape: Shape, text: list[int] | None, args: argparse.Namespace
+) -> list[Cell]:
     """All cells of a server."""
     cells = []
-    log = args.log_dir / f"{name}.log" if args.log_dir else None
-    with launch(args.model, args=flags(name, args), log=log) as server:
-        args.prefill_tokens = server_info(server.url)["chunked_prefill_size"]
-        if name == "spherical" and server.banner() is None:
-            raise ServerFailed("the log lacks the line `spherical KV engaged:`: not measured")
-        for workload in args.workloads:
-            for working_set in args.working_sets:
-                source = Source(text, args.seed)
-                tokens = round(working_set * args.pool_tokens)
-                work = Workload.build(workload, shape, tokens, args.least_requests, source)
-                cell = run_cell(server, name, work, args)
-                cell.row = {
-                    "server": name,
-                    "workload": workload,
-                    "working_set": working_set,
-                    "kv_bytes": args.kv_bytes,
-                    "groups": len(work.histories),
-                    **cell.row,
-                }
-                cells.append(cell)
-                say(cell.row)
+    args.prefill_tokens = server_info(server.url)["chunked_prefill_size"]
+    if name == "spherical" and server.banner() is None:
+        raise ServerFailed("the log lacks the line `spherical KV engaged:`: not measured")
+    for workload in args.workloads:
+        for working_set in args.working_sets:
+            source = Source(text, args.seed)
+            tokens = round(working_set * args.pool_tokens)
+            work = Workload.build(workload, shape, tokens, args.least_requests, source)
+            cell = run_cell(server, name, work, args)
+            cell.row = {
+                "server": name,
+                "workload": workload,
+                "working_set": working_set,
+                "kv_bytes": args.kv_bytes,
+                "groups": len(work.histories),
+                **cell.row,
+            }
+            cells.append(cell)
+            say(cell.row)
     return cells
 
 
@@ -307,6 +324,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--working-sets", nargs="+", type=float, default=WORKING_SETS)
     parser.add_argument("--pool-tokens", type=int, default=8192, help="of the bf16 server")
     parser.add_argument("--at-once", type=int, default=4, help="requests in flight")
+    parser.add_argument(
+        "--together", action="store_true", help="start all servers at once, ask one at a time"
+    )
     parser.add_argument("--least-requests", type=int, default=24, help="measured, per cell")
     parser.add_argument("--scored", type=int, default=8, help="answers per cell with KL; 0: none")
     parser.add_argument("--top", type=int, default=128, help="likeliest tokens compared")
@@ -336,9 +356,11 @@ def measure(benchmark: str, shape: Shape, args: argparse.Namespace) -> None:
     args.run_id = f"{benchmark}-{args.model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     text = read_text(args.model, args.text)
     cells: list[Cell] = []
-    for name in args.servers:
-        cells += serve(name, shape, text, args)
-        save(args.json, result(shape, cells, args))
+    with start_together(args) if args.together else nullcontext({}) as up:
+        for name in args.servers:
+            with nullcontext(up[name]) if args.together else start(name, args) as server:
+                cells += serve(server, name, shape, text, args)
+            save(args.json, result(shape, cells, args))
     if args.scored:
         longest = max(len(s.prompt) + len(s.answer) for c in cells for s in c.scored)
         room = max(2 * longest, args.pool_tokens)  # it reads one at a time

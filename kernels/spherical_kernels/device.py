@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, partial
 from typing import Any
 
 import torch
+import triton
+
+_compiling: ContextVar[bool] = ContextVar("compiling", default=False)
+
+
+def launcher(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+    """What launches `kernel` on `grid`, or inside `compiling` only compiles it."""
+    return partial(kernel.warmup, grid=grid) if _compiling.get() else kernel[grid]
+
+
+@contextmanager
+def compiling(threads: int) -> Iterator[None]:
+    """Launches inside the block run nothing: what they would launch is compiled, `threads` at once,
+    and ready when the block ends."""
+    with ThreadPoolExecutor(threads) as executor, triton.AsyncCompileMode(executor):
+        token = _compiling.set(True)
+        try:
+            yield
+        finally:
+            _compiling.reset(token)
 
 
 @cache

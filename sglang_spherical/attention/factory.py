@@ -38,6 +38,7 @@ def build_backend(model_runner: Any) -> SphericalAttnBackend:
     if pool.arena.device.type == "cpu":
         return SphericalAttnBackend(model_runner)
     _check_gpu(pool.arena.device, pool.layout.head_dim, pool.layout.page_size)
+    from sglang_spherical.attention.compile_ahead import compile_kernels
     from sglang_spherical.attention.kernel_backend import KernelAttnBackend
 
     if len(q_heads) != 1:
@@ -45,7 +46,9 @@ def build_backend(model_runner: Any) -> SphericalAttnBackend:
             f"query heads {sorted(q_heads)}: the kernels of --kv-format spherical need as many in "
             "every layer: use --kv-format dense"
         )
-    return KernelAttnBackend(model_runner, q_heads.pop())
+    backend = KernelAttnBackend(model_runner, q_heads.pop())
+    compile_kernels(pool, backend.req_to_token, backend.q_heads, model_runner.dtype)
+    return backend
 
 
 def _check_gpu(device: torch.device, head_dim: int, page_size: int) -> None:

@@ -36,8 +36,8 @@ keys, values = (slice_layout(PATTERNS[i], page, d) for i in (keys, values))
 tuning = tuning_for(d)
 constants = {
     "extend_pages": kernel_constants(keys, values, 4) | {
-        "M": tuning.tile_rows, "KIND": 1, "KINDS": 3, "FIRST": True, "STAGES": tuning.stages,
-        "PTX": True, "PDL": True, "EARLIEST": True,
+        "M": tuning.tile_rows, "KIND": 1, "KINDS": 3, "STAGES": tuning.stages,
+        "PTX": True, "PDL": True,
     },
     "frame_rows": frame_constants([slice_layout(PATTERNS[0], page, d), keys], 4) | {"PDL": True},
     "finish_rows": {

@@ -13,7 +13,7 @@ NONE = tl.constexpr(-1e30)  # the maximum of no logits
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["batch"])  # one binary for all batches
+@triton.jit(do_not_specialize=["batch", "stride"])  # one binary for all batches
 def frame_queries(
     Q, Dual, Centre, Parts, Units, Near, batch, q_row, kv_heads, stride, scale,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,

@@ -359,7 +359,7 @@ def attend_pages(
     tl.store(lse_target + g, lse, mask=g < real_heads)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride"])  # one binary for all sizes of workspace
 def decode_pages(
     signs, Arena, Items, Pages, Blocks, Places, Parts, Units, Out, Lse, max_pages,
     blocks_per_page, block_bytes, kind_stride, kv_heads, stride,

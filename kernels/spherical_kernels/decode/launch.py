@@ -19,7 +19,7 @@ from ..codec.frames import LayerFrames
 from ..codec.pages import GAUSSIAN_STEP
 from ..codec.patterns import BANDS, FrameKind
 from ..codec.slices import SliceLayout, Tile
-from ..device import has_dependent_launch, has_ptx, launch_options
+from ..device import has_dependent_launch, has_ptx, launch_options, launcher
 from ..plan.launch import PlanTables
 from .ends import frame_queries, merge_rows
 from .kernel import decode_pages
@@ -178,14 +178,14 @@ def run_decode(
     tile: dict[str, Any] = {"D": d, "DP": width, "G": group}
     rows = query_rows(batch, group, d)
     queries = workspace.parts, workspace.units
-    frame_queries[(-(-batch * group // rows) * kv_heads, len(FRAMES))](
+    launcher(frame_queries, (-(-batch * group // rows) * kv_heads, len(FRAMES)))(
         q, frames.key_duals, frames.key_centre, *queries, workspace.near, batch, q.stride(0),
         kv_heads, max_batch * heads, scale * LOG2_E, **tile, ROWS=rows, STAGES=FRAME_STAGES,
         PRECISION=FRAME_PRECISION[has_ptx(q.device)], PDL=pdl, num_warps=FRAME_WARPS,
         **launch_options(pdl and after_encode),
     )  # fmt: skip
     max_items, max_pages = len(tables.items), tables.pages.shape[1]
-    decode_pages[(kv_heads, max_items, -(-group // MOST_HEADS))](
+    launcher(decode_pages, (kv_heads, max_items, -(-group // MOST_HEADS)))(
         SIGNS, pages.arena.view(torch.int8), tables.items, tables.pages, pages.page_blocks,
         pages.places,
         *queries, workspace.partial, workspace.partial_lse, max_pages,
@@ -194,7 +194,7 @@ def run_decode(
         num_warps=tuning.warps, maxnreg=tuning.registers, **launch_options(pdl),
     )  # fmt: skip
     merge = merge_constants(batch, group, d)
-    merge_rows[(-(-batch // merge["REQUESTS"]) * kv_heads, -(-d // MERGE_COLUMNS))](
+    launcher(merge_rows, (-(-batch // merge["REQUESTS"]) * kv_heads, -(-d // MERGE_COLUMNS)))(
         workspace.partial, workspace.partial_lse, tables.item_start, tables.hot_items,
         frames.value_duals, frames.value_centre, workspace.near, out, lse, batch, kv_heads, **tile,
         **merge,

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from ..codec.slices import SliceLayout
-from ..device import has_dependent_launch
+from ..device import has_dependent_launch, launcher
 from .kernel import encode_tokens_kernel
 
 
@@ -105,7 +105,7 @@ def encode_tokens(
         return
     if tuning is None:
         tuning = SMALL_TUNING if n <= SMALL_TOKENS else TUNING
-    encode_tokens_kernel[(-(-n // tuning.rows), kv_heads, 2)](
+    launcher(encode_tokens_kernel, (-(-n // tuning.rows), kv_heads, 2))(
         arena, page_blocks, loc, k, v, places, centre, signs,
         n, k.stride(0), k.stride(1), v.stride(0), v.stride(1), centre.stride(0), block_bytes,
         **kernel_constants(layout), H=page_blocks.shape[1], ROWS=tuning.rows,

@@ -12,9 +12,10 @@ from .columns import channel_of, columns_of_kind
 NONE = tl.constexpr(-1e30)  # the maximum of no logits
 
 
-@triton.jit(do_not_specialize=["tokens"])
+# what changes from batch to batch must not make a new binary
+@triton.jit(do_not_specialize=["tokens", "present"])
 def frame_rows(
-    Q, Dual, Centre, Framed, Scales, Near, tokens, kv_heads, scale,
+    Q, Dual, Centre, Framed, Scales, Near, tokens, kv_heads, scale, present,
     D: tl.constexpr, DC: tl.constexpr, STEPS: tl.constexpr, PLANES: tl.constexpr, G: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -23,13 +24,16 @@ def frame_rows(
 
     Q       [tokens, kv_heads * G, D]; logits in base 2 are `scale` times q . k
     Dual    float32 [planes, kv_heads, D, D], B; Centre float32 [kv_heads, D]
-    Framed  float16 [kinds, kv_heads, tokens * G, DC] at most 2**8, times 1 / Scales float32 [kinds,
-            kv_heads, tokens * G]; Near float32 [kv_heads, tokens * G], q . centre; all in base 2
+    Framed  float16 [present, kv_heads, tokens * G, DC] at most 2**8, times 1 / Scales float32
+            [present, kv_heads, tokens * G]; Near float32 [kv_heads, tokens * G], q . centre; all in
+            base 2
+    present the kinds that are framed, four bits each, the first in the lowest
     STEPS, PLANES  steps and frame of every kind
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    head, kind = tl.program_id(1), tl.program_id(2)
+    head, which = tl.program_id(1), tl.program_id(2)
+    kind = present >> (4 * which) & 15
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     known = r < tokens * G
     column = tl.arange(0, DC)
@@ -57,11 +61,11 @@ def frame_rows(
     framed *= step[None, :]
     peak = tl.max(tl.abs(framed), 1)
     unit = tl.where(peak > 0, peak * 2.0**-8, 1.0)
-    place = (kind * kv_heads + head).to(tl.int64) * (tokens * G) + r
+    place = (which * kv_heads + head).to(tl.int64) * (tokens * G) + r
     framed = (framed / unit[:, None]).to(tl.float16)
     tl.store(Framed + place[:, None] * DC + column[None, :], framed, mask=known[:, None])
     tl.store(Scales + place, unit, mask=known)
-    if kind == 0:
+    if which == 0:
         tl.store(Near + head.to(tl.int64) * (tokens * G) + r, near, mask=known)
     if PDL:  # the new tokens' attention, which this did not need, is done when this is
         tl.extra.cuda.gdc_wait()

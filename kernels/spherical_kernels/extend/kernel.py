@@ -273,13 +273,12 @@ def load_unit(base, D: tl.constexpr):
 
 
 # what changes from batch to batch must not make a new binary
-@triton.jit(do_not_specialize=["rows", "pages"])
+@triton.jit(do_not_specialize=["rows", "pages", "order"], do_not_specialize_on_alignment=["QScale"])
 def extend_pages(
-    Arena, Entries, Items, Requests, Runs, Q, QScale, Partial, Lse, rows, pages,
+    Arena, Entries, Items, Requests, Runs, Q, QScale, Partial, Lse, rows, pages, order,
     D: tl.constexpr, DC: tl.constexpr, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     W: tl.constexpr, WORDS: tl.constexpr, KIND: tl.constexpr, KINDS: tl.constexpr,
-    CALIBRATED: tl.constexpr, EARLIEST: tl.constexpr, FIRST: tl.constexpr, RADII: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CALIBRATED: tl.constexpr, RADII: tl.constexpr, BLOCK: tl.constexpr,
     KT: tl.constexpr, KB: tl.constexpr, KC: tl.constexpr, VT: tl.constexpr, VB: tl.constexpr,
     VC: tl.constexpr, VS: tl.constexpr, CB: tl.constexpr,
     STAGES: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
@@ -292,8 +291,9 @@ def extend_pages(
     Runs      int32 [requests * KINDS + 1]: where the pages of (request, kind) start
     Q         float16 [kv_heads, rows, DC] as frame_rows makes it, QScale float32 [kv_heads, rows]
     Partial   float32 [items, kv_heads, M, DC] in the frame; Lse float32 [items, kv_heads, M],
-              base 2; not FIRST: joined with what is there
-    EARLIEST  whether this is the first launch after frame_rows
+              base 2
+    order     0 for the first launch after frame_rows, which starts Partial, 1 for a later one that
+              starts its own, 2 for one that joins what is there
     """
     item, head = tl.program_id(0), tl.program_id(1)
     request = tl.load(Items + item * 4)
@@ -306,14 +306,14 @@ def extend_pages(
     end = begin + (run_end - begin) * (split + 1) // splits
     m = tl.arange(0, M)
     place = (item * tl.num_programs(1) + head).to(tl.int64) * M
-    if PDL and EARLIEST:
-        tl.extra.cuda.gdc_wait()  # for the queries; later kinds start when all programs are past it
     if PDL:
+        if order == 0:  # for the queries; later kinds start when all programs are past it
+            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if first >= end:
-        if PDL and not EARLIEST:
+        if PDL and order > 0:
             tl.extra.cuda.gdc_wait()
-        if FIRST:
+        if order < 2:
             tl.store(Lse + place + m, tl.full([M], -float("inf"), tl.float32))
         return
 
@@ -393,15 +393,14 @@ def extend_pages(
         out *= step_of(column, VS)[None, :]
     lse = top + tl.log2(mass)
     target = Partial + place * DC + (m[:, None] * DC + column[None, :])
-    if PDL and not EARLIEST:
+    if PDL and order > 0:
         tl.extra.cuda.gdc_wait()
-    if not FIRST:
-        before = tl.load(Lse + place + m)
-        known = before > -float("inf")
-        peak = tl.maximum(lse, before)
-        whole = peak + tl.log2(tl.exp2(lse - peak) + tl.exp2(before - peak))
-        earlier = tl.load(target, mask=known[:, None], other=0.0)
-        out = out * tl.exp2(lse - whole)[:, None] + earlier * tl.exp2(before - whole)[:, None]
-        lse = whole
+    before = tl.load(Lse + place + m, mask=m * 0 + order == 2, other=-float("inf"))
+    known = before > -float("inf")
+    peak = tl.maximum(lse, before)
+    whole = peak + tl.log2(tl.exp2(lse - peak) + tl.exp2(before - peak))
+    earlier = tl.load(target, mask=known[:, None], other=0.0)
+    out = out * tl.exp2(lse - whole)[:, None] + earlier * tl.exp2(before - whole)[:, None]
+    lse = whole
     tl.store(target, out)
     tl.store(Lse + place + m, lse)

@@ -20,7 +20,7 @@ from ..codec.frames import LayerFrames
 from ..codec.pages import GAUSSIAN_STEP
 from ..codec.patterns import FrameKind
 from ..codec.slices import SliceLayout
-from ..device import has_dependent_launch, has_ptx, launch_options
+from ..device import has_dependent_launch, has_ptx, launch_options, launcher
 from .ends import finish_rows, frame_rows
 from .kernel import extend_pages
 from .new_tokens import LOG2_E, attend_new_tokens, columns_of
@@ -151,20 +151,21 @@ def _attend_prefix(
     lse = torch.empty(len(planes), items, kv_heads, tables.tile_rows, **f32)
     words = arena.view(torch.int32)
     pdl = has_dependent_launch(q.device)
-    constants = frame_constants([kinds[kind][0] for kind in plane_of], group)
-    frame_rows[(-(-rows // constants["ROWS"]), kv_heads, present)](
+    constants = frame_constants([keys for keys, _ in kinds], group)
+    named = sum(kind << (4 * i) for i, kind in enumerate(plane_of))
+    launcher(frame_rows, (-(-rows // constants["ROWS"]), kv_heads, present))(
         q, frames.key_duals, frames.key_centre, framed, scales, near, tokens, kv_heads,
-        scale * LOG2_E, **constants, PDL=pdl, num_warps=FRAME_WARPS, **launch_options(pdl),
+        scale * LOG2_E, named, **constants, PDL=pdl, num_warps=FRAME_WARPS, **launch_options(pdl),
     )  # fmt: skip
     written: set[int] = set()
     for i, (kind, plane) in enumerate(plane_of.items()):
         keys, values = kinds[kind]
-        place = planes.index(plane)
-        extend_pages[(items, kv_heads)](
+        place, order = planes.index(plane), 2 if plane in written else min(i, 1)
+        launcher(extend_pages, (items, kv_heads))(
             words, entries, tables.items, tables.requests, tables.runs, framed[i], scales[i],
-            partial[place], lse[place], rows, entries.shape[1],
+            partial[place], lse[place], rows, entries.shape[1], order,
             **kernel_constants(keys, values, group), M=tables.tile_rows, KIND=kind,
-            KINDS=len(kinds), EARLIEST=not written, FIRST=plane not in written,
+            KINDS=len(kinds),
             STAGES=tuning.stages, PTX=has_ptx(q.device), PDL=pdl, num_warps=tuning.warps,
             maxnreg=tuning.registers, **launch_options(pdl),
         )  # fmt: skip
@@ -184,7 +185,7 @@ def _finish(
     pdl = has_dependent_launch(new.device)
     out, lse = torch.empty_like(new), torch.empty_like(new_lse)
     block = 32 if len(tables.tiles) * kv_heads > MULTIPROCESSORS else 16
-    finish_rows[(len(tables.tiles) * (tables.tile_rows // block), kv_heads)](
+    launcher(finish_rows, (len(tables.tiles) * (tables.tile_rows // block), kv_heads))(
         prefix.partial, prefix.lse, tables.tiles, tables.requests,
         frames.value_duals[prefix.planes[0] :], frames.value_centre, prefix.near,
         new.contiguous(), new_lse.contiguous(), out, lse, rows, len(tables.items), kv_heads,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from ..device import launcher
 from .ends import attend_new_rows
 from .tables import ExtendTables
 
@@ -26,7 +27,8 @@ def attend_new_tokens(
     out = torch.empty_like(q)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     constants = new_rows_constants(d, q.element_size(), tables.tile_rows)
-    attend_new_rows[(len(tables.tiles) * (constants["M"] // constants["ROWS"]), kv_heads)](
+    grid = len(tables.tiles) * (constants["M"] // constants["ROWS"]), kv_heads
+    launcher(attend_new_rows, grid)(
         q, k, v, tables.tiles, tables.requests, out, lse, kv_heads, scale * LOG2_E,
         G=heads // kv_heads, **constants, num_warps=4,
     )  # fmt: skip

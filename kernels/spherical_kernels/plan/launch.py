@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from ..device import launcher
 from .kernel import MOST_WAVES, cut_items, sort_pages
 
 PAGES_AT_ONCE = 256
@@ -89,12 +90,12 @@ def plan_pages(
         raise ValueError(f"slots: expected at most {max_batch} requests, got {batch}")
     kinds = tables.runs.shape[2]
     runs, max_items = max_batch * kinds, len(tables.items)
-    sort_pages[(batch,)](
+    launcher(sort_pages, (batch,))(
         req_to_token, slots, lengths, page_level, tables.pages, tables.runs, req_to_token.stride(0),
         max_pages, runs, PAGE=page_size, KP=kinds, BLOCK=PAGES_AT_ONCE, num_warps=SORT_WARPS,
     )  # fmt: skip
     steps = max(max_pages, runs).bit_length() + 1
-    cut_items[(1,)](
+    launcher(cut_items, (1,))(
         tables.runs, tables.items, tables.item_start, tables.hot_items, batch, runs, max_items,
         wave,
         PAGE=page_size, KP=kinds, BP=triton.next_power_of_2(runs),

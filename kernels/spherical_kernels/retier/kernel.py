@@ -159,7 +159,7 @@ def banded_codes(at, t, channel, inside, BAND: tl.constexpr, TILES: tl.constexpr
 
 
 # what changes from call to call must not make a new binary
-@triton.jit(do_not_specialize=["first_page", "num_pages"])
+@triton.jit(do_not_specialize=["first_page", "num_pages"], do_not_specialize_on_alignment=["Pages"])
 def reencode_slices(
     Arena, PageBlocks, Pages, Places, Turns, TurnScales, Scratch, first_page, num_pages,
     block_bytes,
@@ -320,7 +320,7 @@ def store_runs(
     )
 
 
-@triton.jit(do_not_specialize=["first_page"])
+@triton.jit(do_not_specialize=["first_page"], do_not_specialize_on_alignment=["Pages"])
 def place_slices(
     Arena, PageBlocks, Pages, Places, Scratch, first_page, block_bytes,
     SIDE: tl.constexpr, H: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,

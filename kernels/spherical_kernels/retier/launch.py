@@ -15,7 +15,7 @@ import triton
 
 from ..codec.pages import GAUSSIAN_STEP
 from ..codec.slices import SliceLayout
-from ..device import has_ptx
+from ..device import has_ptx, launcher
 from .kernel import place_slices, reencode_slices
 
 SIDES = 0, 1  # keys, values
@@ -118,7 +118,7 @@ def reencode_pages(
         count = min(at_once, len(pages) - first)
         splits = min(count, -(-tuning.programs // slices))
         for which in SIDES:
-            reencode_slices[(slices, splits)](
+            launcher(reencode_slices, (slices, splits))(
                 arena, page_blocks, pages, old_places, turns.matrices, turns.scales, scratch[which],
                 first, count, block_bytes, SIDE=which, H=columns, STAGES=tuning.stages,
                 PTX=has_ptx(arena.device), **kernel_constants(old[which], new[which]),
@@ -126,7 +126,7 @@ def reencode_pages(
             )  # fmt: skip
         for which in SIDES:
             size = new[which].size_bytes
-            place_slices[(slices, count)](
+            launcher(place_slices, (slices, count))(
                 arena, page_blocks, pages, new_places, scratch[which], first, block_bytes,
                 SIDE=which, H=columns, SIZE=size, BLOCK=int(triton.next_power_of_2(size // 8)),
             )  # fmt: skip

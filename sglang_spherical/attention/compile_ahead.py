@@ -1,0 +1,106 @@
+"""Compiles what serving will launch before the first request waits for it, side by side.
+
+The launches themselves are called, on tensors of no content, while `compiling` keeps them from
+running: what is compiled is what they ask for.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import combinations
+
+import torch
+
+from sglang_spherical.attention.decode_plan import DecodeTables
+from sglang_spherical.pool.kv_pool import SphericalKVPool
+from spherical_kernels.codec.frames import LayerFrames
+from spherical_kernels.decode.launch import LARGE_BATCH
+from spherical_kernels.device import compiling
+from spherical_kernels.encode.launch import SMALL_TOKENS, encode_tokens
+from spherical_kernels.extend.launch import MULTIPROCESSORS, run_extend, tuning_for
+from spherical_kernels.extend.tables import ExtendTables
+from spherical_kernels.retier.launch import Turns, reencode_pages
+
+MOST_THREADS = 16
+
+
+def compile_kernels(
+    pool: SphericalKVPool, req_to_token: torch.Tensor, q_heads: int, dtype: torch.dtype
+) -> None:
+    """Leaves the kernels of decoding, extending and re-encoding in Triton's cache. Plans are made
+    outside graphs, by small kernels, and compiled with the first.
+
+    q_heads, dtype  of the model's queries
+    """
+    with compiling(min(MOST_THREADS, os.cpu_count() or 1)):
+        _decode(pool, req_to_token, q_heads, dtype)
+        _extend(pool, q_heads, dtype)
+        _reencode(pool)
+
+
+def _decode(
+    pool: SphericalKVPool, req_to_token: torch.Tensor, q_heads: int, dtype: torch.dtype
+) -> None:
+    tables = DecodeTables(pool, req_to_token, LARGE_BATCH, q_heads)
+    batch = 1
+    while batch <= LARGE_BATCH:
+        q = _empty(pool, dtype, batch, q_heads, pool.layout.head_dim)
+        tables.attend(0, q, 0.5, after_encode=True)
+        batch *= 2
+
+
+def _extend(pool: SphericalKVPool, q_heads: int, dtype: torch.dtype) -> None:
+    layout, arena = pool.layout, pool.arena
+    kinds, frames = arena.kinds, LayerFrames(*pool.frames.of_layer(0))
+    entries = torch.empty(layout.kv_heads, 1, 2, dtype=torch.int64, device=arena.device)
+    for tokens in (1, SMALL_TOKENS + 1):
+        q, k, v = (
+            _empty(pool, dtype, tokens, heads, layout.head_dim)
+            for heads in (q_heads, layout.kv_heads, layout.kv_heads)
+        )
+        loc = torch.empty(tokens, dtype=torch.int64, device=arena.device)
+        encode_tokens(
+            arena.bytes, arena.page_blocks, loc, k, v, arena.places[0, 0],
+            pool.frames.centre[:, 0], pool.signs, layout.block_bytes, layout.side_layouts(0)[0],
+        )  # fmt: skip
+    tuning = tuning_for(layout.head_dim)
+    for tiles in (1, MULTIPROCESSORS):  # few and many
+        for present in ((0,), tuple(range(len(kinds)))):
+            run_extend(
+                _tables(pool, len(q), tiles, present, tuning.tile_rows), kinds, q, k, v,
+                arena.bytes, entries, frames, 0.5, tuning,
+            )  # fmt: skip
+
+
+def _tables(
+    pool: SphericalKVPool, tokens: int, tiles: int, present: tuple[int, ...], tile_rows: int
+) -> ExtendTables:
+    """Tables of one request, without content."""
+
+    def numbers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=pool.arena.device)
+
+    return ExtendTables(
+        numbers(1), numbers(1, dtype=torch.uint8), numbers(len(pool.layout.levels) + 1),
+        numbers(1, 4), numbers(tiles, 4), numbers(tiles, 4), present, tile_rows, (tokens,),
+    )  # fmt: skip
+
+
+def _reencode(pool: SphericalKVPool) -> None:
+    layout, arena = pool.layout, pool.arena
+    d, device = layout.head_dim, arena.device
+    sides = 2, layout.layers, layout.kv_heads
+    turns = Turns(
+        torch.empty(*sides, d, d, dtype=torch.float16, device=device),
+        torch.empty(sides, dtype=torch.float32, device=device),
+    )
+    pages = torch.empty(1, dtype=torch.int64, device=device)
+    for old, new in combinations(range(len(arena.kinds)), 2):
+        reencode_pages(
+            arena.bytes, arena.page_blocks, pages, arena.kinds[old], arena.kinds[new],
+            arena.places[old], arena.places[new], turns, layout.block_bytes,
+        )  # fmt: skip
+
+
+def _empty(pool: SphericalKVPool, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=pool.arena.device)

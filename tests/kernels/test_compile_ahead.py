@@ -1,0 +1,95 @@
+"""What a server compiles at its start is what serving then launches: no request waits for more.
+
+In a process of its own, since Triton may be interpreting here; for a GPU that is not there, so that
+everything but running is as on one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+SCRIPT = """
+from functools import partial
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+import spherical_kernels.device as device
+
+device.has_ptx = device.has_dependent_launch = lambda _: True
+
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, _):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+import backend_tools
+from backend_tools import GROUP, HEADS, Prompt, Runner
+from sglang_spherical.attention.compile_ahead import compile_kernels
+from spherical_kernels.decode import ends, kernel
+from spherical_kernels.encode.kernel import encode_tokens_kernel
+from spherical_kernels.extend import ends as extend_ends
+from spherical_kernels.extend.kernel import extend_pages
+from spherical_kernels.retier import kernel as retier
+
+KERNELS = (
+    ends.frame_queries, kernel.decode_pages, ends.merge_rows, encode_tokens_kernel,
+    extend_ends.frame_rows, extend_ends.attend_new_rows, extend_ends.finish_rows, extend_pages,
+    retier.reencode_slices, retier.place_slices,
+)
+
+
+triton.runtime.driver.set_active(Driver())
+
+
+def compiled():
+    return {(k.fn.__name__, key) for k in KERNELS for key in k.device_caches[0][0]}
+
+
+# the smallest head dimension that a GPU serves
+backend_tools.DIM = 64
+backend_tools.tiny_pool = partial(backend_tools.tiny_pool, head_dim=64)
+runner = Runner(dtype=torch.bfloat16, kernels=True)
+pool = runner.pool
+ones = torch.ones_like(pool.frames.centre)
+pool.frames.load(ones, ones[0], ones)
+compile_kernels(pool, runner.req_to_token, HEADS * GROUP, torch.bfloat16)
+before = compiled()
+print(sorted({name for name, _ in before}))
+first, second = Prompt(1, 0), Prompt(2, 1)
+with device.compiling(2):
+    runner.extend((first, 40))
+    for level in range(len(pool.layout.levels)):
+        pool.levels_seen.add(level)
+        runner.extend((first, 5), (second, 30 + level))
+    runner.decode(first)
+    runner.decode(first, second)
+    pages = torch.arange(4)
+    pool.lower(pages[1:], 0, 1)
+    pool.lower(pages[2:], 1, 3)
+print(sorted({name for name, _ in compiled() - before}))
+"""
+
+
+def test_serving_asks_for_nothing_else() -> None:
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    at_start, later = done.stdout.splitlines()[-2:]
+    assert at_start.count("'") == 2 * 10, at_start
+    assert later == "[]"
