@@ -27,22 +27,23 @@ from spherical_kernels.codec.patterns import PATTERNS
 from spherical_kernels.codec.slices import slice_layout
 from spherical_kernels.extend import ends, kernel
 from spherical_kernels.extend.launch import (
-    FINISH_WARPS, FRAME_WARPS, frame_constants, kernel_constants, tuning_for,
+    FRAME_WARPS, finish_constants, frame_constants, kernel_constants, tuning_for,
 )
-from spherical_kernels.extend.new_tokens import columns_of, new_rows_constants
+from spherical_kernels.extend.new_tokens import new_rows_constants
 
 name, dtype, keys, values, d, page = *sys.argv[1:3], *map(int, sys.argv[3:])
 keys, values = (slice_layout(PATTERNS[i], page, d) for i in (keys, values))
 tuning = tuning_for(d)
+finish, finish_warps = finish_constants(d, few="few_" in name)
+name = name.replace("few_", "")
 constants = {
     "extend_pages": kernel_constants(keys, values, 4) | {
         "M": tuning.tile_rows, "KIND": 1, "KINDS": 3, "STAGES": tuning.stages,
         "PTX": True, "PDL": True,
     },
     "frame_rows": frame_constants([slice_layout(PATTERNS[0], page, d), keys], 4) | {"PDL": True},
-    "finish_rows": {
-        "D": d, "DC": columns_of(d), "G": 4, "M": tuning.tile_rows, "ROWS": 32, "PLANES": 2,
-        "BANDS": (1, 4), "BLOCK": 32, "PDL": True,
+    "finish_rows": finish | {
+        "G": 4, "M": tuning.tile_rows, "PLANES": 2, "BANDS": (1, 4), "PDL": True
     },
     "attend_new_rows": {"G": 4}
     | new_rows_constants(d, 4 if dtype == "fp32" else 2, tuning.tile_rows),
@@ -67,7 +68,7 @@ source = ASTSource(
     attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
 )
 warps = {
-    "extend_pages": tuning.warps, "frame_rows": FRAME_WARPS, "finish_rows": FINISH_WARPS,
+    "extend_pages": tuning.warps, "frame_rows": FRAME_WARPS, "finish_rows": finish_warps,
     "attend_new_rows": 4,
 }[name]
 options = {"num_warps": warps}
@@ -111,6 +112,7 @@ SHARED_BYTES = 227 << 10
         ("frame_rows", 2, 3, 128, 64),
         ("frame_rows", 2, 3, 256, 64),
         ("finish_rows", 2, 3, 128, 64),
+        ("finish_few_rows", 2, 3, 128, 64),
         ("attend_new_rows", 2, 3, 128, 64),
         ("attend_new_rows", 2, 3, 256, 64),
     ],

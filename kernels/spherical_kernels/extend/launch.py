@@ -29,7 +29,7 @@ from .tables import ExtendTables
 SHRUNK, UNITS = 8.0, 4096.0  # of operands (kernel.py)
 _FRAME_ROWS = 64
 _BLOCK_PAGES = 16  # whose centroids meet the queries together
-FRAME_WARPS, FINISH_WARPS = 8, 4  # fewer for the latter: two programs fit where one would
+FRAME_WARPS = 8
 
 Kind = tuple[SliceLayout, SliceLayout]
 """Layouts of the keys and of the values of a page."""
@@ -184,16 +184,26 @@ def _finish(
     kv_heads, rows = prefix.near.shape
     pdl = has_dependent_launch(new.device)
     out, lse = torch.empty_like(new), torch.empty_like(new_lse)
-    block = 32 if len(tables.tiles) * kv_heads > MULTIPROCESSORS else 16
-    launcher(finish_rows, (len(tables.tiles) * (tables.tile_rows // block), kv_heads))(
+    few = len(tables.tiles) * kv_heads <= MULTIPROCESSORS
+    constants, warps = finish_constants(d, few)
+    launcher(finish_rows, (len(tables.tiles) * (tables.tile_rows // constants["ROWS"]), kv_heads))(
         prefix.partial, prefix.lse, tables.tiles, tables.requests,
         frames.value_duals[prefix.planes[0] :], frames.value_centre, prefix.near,
         new.contiguous(), new_lse.contiguous(), out, lse, rows, len(tables.items), kv_heads,
-        D=d, DC=columns_of(d), G=heads // kv_heads, M=tables.tile_rows, ROWS=block,
-        PLANES=len(prefix.planes), BANDS=_bands(prefix.planes), BLOCK=min(32, columns_of(d)),
-        PDL=pdl, num_warps=FINISH_WARPS, **launch_options(pdl),
+        **constants, G=heads // kv_heads, M=tables.tile_rows, PLANES=len(prefix.planes),
+        BANDS=_bands(prefix.planes), PDL=pdl, num_warps=warps, **launch_options(pdl),
     )  # fmt: skip
     return out, lse
+
+
+def finish_constants(head_dim: int, few: bool) -> tuple[dict[str, int], int]:
+    """What finish_rows is specialised on, but for the frames, and its warps. Few tiles wait for
+    their splits, all columns at once; of many a block of columns, so that two programs fit where
+    one would."""
+    columns = columns_of(head_dim)
+    rows, block, warps = (16, 128, 8) if few else (32, 32, 4)
+    constants = {"D": head_dim, "DC": columns, "ROWS": rows, "BLOCK": min(block, columns)}
+    return constants, warps
 
 
 def _bands(planes: tuple[int, ...]) -> tuple[int, ...]:
