@@ -279,9 +279,8 @@ def start_together(args: argparse.Namespace) -> Iterator[dict[str, Server]]:
 
 def serve(
     server: Server, name: str, shape: Shape, text: list[int] | None, args: argparse.Namespace
-) -> list[Cell]:
-    """All cells of a server."""
-    cells = []
+) -> Iterator[Cell]:
+    """All cells of a server, as they come."""
     args.prefill_tokens = server_info(server.url)["chunked_prefill_size"]
     if name == "spherical" and server.banner() is None:
         raise ServerFailed("the log lacks the line `spherical KV engaged:`: not measured")
@@ -299,9 +298,8 @@ def serve(
                 "groups": len(work.histories),
                 **cell.row,
             }
-            cells.append(cell)
             say(cell.row)
-    return cells
+            yield cell
 
 
 def say(row: Row) -> None:
@@ -351,7 +349,7 @@ def run(benchmark: str, shape: Shape, args: argparse.Namespace) -> None:
 
 
 def measure(benchmark: str, shape: Shape, args: argparse.Namespace) -> None:
-    """`run` with a model folder. What is done is saved after every server."""
+    """`run` with a model folder. What is done is saved after every cell."""
     args.kv_bytes = args.pool_tokens * dense_bytes_per_token(args.model)
     args.run_id = f"{benchmark}-{args.model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     text = read_text(args.model, args.text)
@@ -359,8 +357,9 @@ def measure(benchmark: str, shape: Shape, args: argparse.Namespace) -> None:
     with start_together(args) if args.together else nullcontext({}) as up:
         for name in args.servers:
             with nullcontext(up[name]) if args.together else start(name, args) as server:
-                cells += serve(server, name, shape, text, args)
-            save(args.json, result(shape, cells, args))
+                for cell in serve(server, name, shape, text, args):
+                    cells.append(cell)
+                    save(args.json, result(shape, cells, args))
     if args.scored:
         longest = max(len(s.prompt) + len(s.answer) for c in cells for s in c.scored)
         room = max(2 * longest, args.pool_tokens)  # it reads one at a time

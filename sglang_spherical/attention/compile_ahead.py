@@ -17,7 +17,12 @@ from spherical_kernels.codec.frames import LayerFrames
 from spherical_kernels.decode.launch import LARGE_BATCH
 from spherical_kernels.device import compiling
 from spherical_kernels.encode.launch import SMALL_TOKENS, encode_tokens
-from spherical_kernels.extend.launch import MULTIPROCESSORS, run_extend, tuning_for
+from spherical_kernels.extend.launch import (
+    MULTIPROCESSORS,
+    ExtendWorkspace,
+    run_extend,
+    tuning_for,
+)
 from spherical_kernels.extend.tables import ExtendTables
 from spherical_kernels.retier.launch import Turns, reencode_pages
 
@@ -51,7 +56,7 @@ def _decode(
 
 def _extend(pool: SphericalKVPool, q_heads: int, dtype: torch.dtype) -> None:
     layout, arena = pool.layout, pool.arena
-    kinds, frames = arena.kinds, LayerFrames(*pool.frames.of_layer(0))
+    frames = LayerFrames(*pool.frames.of_layer(0))
     entries = torch.empty(layout.kv_heads, 1, 2, dtype=torch.int64, device=arena.device)
     for tokens in (1, SMALL_TOKENS + 1):
         q, k, v = (
@@ -65,11 +70,12 @@ def _extend(pool: SphericalKVPool, q_heads: int, dtype: torch.dtype) -> None:
         )  # fmt: skip
     tuning = tuning_for(layout.head_dim)
     for tiles in (1, MULTIPROCESSORS):  # few and many
-        for present in ((0,), tuple(range(len(kinds)))):
-            run_extend(
-                _tables(pool, len(q), tiles, present, tuning.tile_rows), kinds, q, k, v,
-                arena.bytes, entries, frames, 0.5, tuning,
-            )  # fmt: skip
+        for present in ((0,), tuple(range(len(arena.kinds)))):
+            tables = _tables(pool, len(q), tiles, present, tuning.tile_rows)
+            work = ExtendWorkspace.allocate(
+                tables, arena.kinds, q_heads, layout.kv_heads, arena.device, tuning
+            )
+            run_extend(tables, q, k, v, arena.bytes, entries, frames, 0.5, work)
 
 
 def _tables(

@@ -8,7 +8,12 @@ import torch
 
 from sglang_spherical.pool.kv_pool import SphericalKVPool
 from spherical_kernels.codec.frames import LayerFrames
-from spherical_kernels.extend.launch import MULTIPROCESSORS, run_extend, tuning_for
+from spherical_kernels.extend.launch import (
+    MULTIPROCESSORS,
+    ExtendWorkspace,
+    run_extend,
+    tuning_for,
+)
 from spherical_kernels.extend.tables import build_tables, locate_entries
 
 ENTRY_BYTES = 16  # of a page, layer and KV head: two addresses
@@ -45,22 +50,25 @@ class ExtendPlan:
             self._prepare(group)
         arena = self.pool.arena
         out, _ = run_extend(
-            self.tables, arena.kinds, q, k, v, arena.bytes,
-            self._entries_of(layer), LayerFrames(*self.pool.frames.of_layer(layer)), scale,
-            self.tuning,
+            self.tables, q, k, v, arena.bytes, self._entries_of(layer),
+            LayerFrames(*self.pool.frames.of_layer(layer)), scale, self.workspace,
         )  # fmt: skip
         return out
 
     def _prepare(self, group: int) -> None:
         layout, arena = self.pool.layout, self.pool.arena
         self._group, self._entries = group, None
-        self.tuning = tuning_for(layout.head_dim)
+        tuning = tuning_for(layout.head_dim)
         self.tables = build_tables(
             self.req_to_token, self.slots, arena.page_level, self.prefixes, self.lengths,
             page_size=layout.page_size, group=group, kinds=len(layout.levels),
-            tile_rows=self.tuning.tile_rows,
-            most_items=max(1, MULTIPROCESSORS * self.tuning.programs // layout.kv_heads),
+            tile_rows=tuning.tile_rows,
+            most_items=max(1, MULTIPROCESSORS * tuning.programs // layout.kv_heads),
             present=self.pool.levels_seen,
+        )  # fmt: skip
+        self.workspace = ExtendWorkspace.allocate(
+            self.tables, arena.kinds, group * layout.kv_heads, layout.kv_heads, arena.device,
+            tuning,
         )  # fmt: skip
 
     def _entries_of(self, layer: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from spherical_kernels.decode.reference import (
     attend_entries,
     empty_state,
 )
-from spherical_kernels.extend.launch import FRAMES, run_extend, tuning_for
+from spherical_kernels.extend.launch import FRAMES, ExtendWorkspace, run_extend, tuning_for
 from spherical_kernels.extend.reference import attend_new_tokens
 from spherical_kernels.extend.tables import ExtendTables, build_tables, locate_entries
 from spherical_kernels.testing import POISON, assert_close
@@ -187,18 +187,13 @@ class Case:
         q, k, v = (x.to(DEVICE) for x in (self.q, self.k, self.v))
         names = "key_duals", "value_duals", "key_centre", "value_centre"
         frames = LayerFrames(*(getattr(self.frames, name).to(DEVICE) for name in names))
-        out, lse = run_extend(
-            tables,
-            self.sides,
-            q,
-            k,
-            v,
-            memory.to(DEVICE),
-            entries,
-            frames,
-            self.scale,
-            replace(tuning_for(self.d), tile_rows=tables.tile_rows),
+        tuning = replace(tuning_for(self.d), tile_rows=tables.tile_rows)
+        work = ExtendWorkspace.allocate(
+            tables, self.sides, q.shape[1], k.shape[1], memory.to(DEVICE).device, tuning
         )
+        for buffer in (work.framed, work.scales, work.near, work.partial, work.lse):
+            buffer.fill_(torch.nan)
+        out, lse = run_extend(tables, q, k, v, memory.to(DEVICE), entries, frames, self.scale, work)
         return out.float().cpu(), lse.cpu()
 
     def check(self, slack: float = 1.0, **cut: int) -> None:

@@ -73,9 +73,85 @@ def tuning_for(head_dim: int) -> Tuning:
     return TUNING if head_dim <= 128 else WIDE_TUNING
 
 
+@dataclass(frozen=True)
+class ExtendWorkspace:
+    """What is the same for all layers of a forward pass: what launches are specialised on, and the
+    memory between them.
+
+    planes   frames of the pages present (places in FRAMES)
+    framed   float16 [present, kv_heads, rows, columns], queries in the frames, at most 2**8
+    scales   float32 [present, kv_heads, rows], what a unit of them stands for
+    near     float32 [kv_heads, rows], q.centre, base 2
+    partial  float32 [planes, items, kv_heads, tile_rows, columns], of every item, in its frame
+    lse      float32 [planes, items, kv_heads, tile_rows], base 2, q.centre left out
+    present  kinds that are read, four bits each, the first in the lowest
+    frame    constants and options of frame_rows
+    pages    of every kind that is read: its frame among planes, its place in the order of launches,
+             constants and options of extend_pages
+    finish   constants and options of finish_rows
+    """
+
+    planes: tuple[int, ...]
+    framed: torch.Tensor
+    scales: torch.Tensor
+    near: torch.Tensor
+    partial: torch.Tensor
+    lse: torch.Tensor
+    present: int
+    frame: dict[str, Any]
+    pages: tuple[tuple[int, int, dict[str, Any]], ...]
+    finish: dict[str, Any]
+
+    @classmethod
+    def allocate(
+        cls,
+        tables: ExtendTables,
+        kinds: Sequence[Kind],
+        heads: int,
+        kv_heads: int,
+        device: torch.device,
+        tuning: Tuning,
+    ) -> ExtendWorkspace:
+        """For `heads` query heads; arguments as of `run_extend`."""
+        d, group = kinds[0][0].head_dim, heads // kv_heads
+        plane_of = {kind: FRAMES.index(kinds[kind][0].pattern.frame) for kind in tables.present}
+        planes = tuple(sorted(set(plane_of.values())))
+        rows, columns, items = tables.tokens * group, columns_of(d), len(tables.items)
+        pdl = has_dependent_launch(device)
+        options = {"PDL": pdl, **launch_options(pdl)}
+        f32: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        pages, started = [], set[int]()
+        for i, (kind, plane) in enumerate(plane_of.items()):
+            order = 2 if plane in started else min(i, 1)
+            constants = kernel_constants(*kinds[kind], group) | options
+            constants |= {
+                "M": tables.tile_rows, "KIND": kind, "KINDS": len(kinds), "STAGES": tuning.stages,
+                "PTX": has_ptx(device), "num_warps": tuning.warps, "maxnreg": tuning.registers,
+            }  # fmt: skip
+            pages.append((planes.index(plane), order, constants))
+            started.add(plane)
+        few = len(tables.tiles) * kv_heads <= MULTIPROCESSORS
+        finish, warps = finish_constants(d, few)
+        finish |= {
+            "G": group, "M": tables.tile_rows, "PLANES": len(planes), "BANDS": _bands(planes),
+            "num_warps": warps,
+        }  # fmt: skip
+        return cls(
+            planes,
+            torch.empty(len(pages), kv_heads, rows, columns, dtype=torch.float16, device=device),
+            torch.empty(len(pages), kv_heads, rows, **f32),
+            torch.empty(kv_heads, rows, **f32),
+            torch.empty(len(planes), items, kv_heads, tables.tile_rows, columns, **f32),
+            torch.empty(len(planes), items, kv_heads, tables.tile_rows, **f32),
+            sum(kind << (4 * i) for i, kind in enumerate(plane_of)),
+            frame_constants([k for k, _ in kinds], group) | options | {"num_warps": FRAME_WARPS},
+            tuple(pages),
+            finish | options,
+        )
+
+
 def run_extend(
     tables: ExtendTables,
-    kinds: Sequence[Kind],
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -83,22 +159,22 @@ def run_extend(
     entries: torch.Tensor,
     frames: LayerFrames,
     scale: float,
-    tuning: Tuning,
+    workspace: ExtendWorkspace,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one layer: of new tokens to their prefixes and to each other.
 
-    kinds    layouts of every kind of page, kind 0 (hot) first
-    q        [tokens, q_heads, d], request by request; k, v [tokens, kv_heads, d]
-    arena    uint8, all slices
-    entries  int64 [kv_heads, n, 2]: byte addresses of the slices of tables.pages in `arena`
-    scale    the softmax scale
-    tuning   the one that `tables` were built for: its rows per tile, and as many items at once as
-             MULTIPROCESSORS * programs // kv_heads
+    q          [tokens, q_heads, d], request by request; k, v [tokens, kv_heads, d]
+    arena      uint8, all slices
+    entries    int64 [kv_heads, n, 2]: byte addresses of the slices of tables.pages in `arena`
+    scale      the softmax scale
+    workspace  allocated for `tables`, the kinds of pages (kind 0, hot, first) and the tuning that
+               `tables` were built for: its rows per tile, and as many items at once as
+               MULTIPROCESSORS * programs // kv_heads
     Returns out like q, and lse float32 [tokens, q_heads], natural.
     """
-    tokens, heads, d = q.shape
+    tokens, heads, _ = q.shape
     kv_heads = frames.key_centre.shape[0]
-    if heads % kv_heads or tokens != tables.tokens or k.shape != (tokens, kv_heads, d):
+    if heads % kv_heads or tokens != tables.tokens or k.shape[:2] != (tokens, kv_heads):
         raise ValueError(
             f"q, k: expected {tables.tokens} tokens and a multiple of {kv_heads} query heads, got "
             f"{list(q.shape)} and {list(k.shape)}"
@@ -107,96 +183,54 @@ def run_extend(
     new, new_lse = attend_new_tokens(tables, q, k.contiguous(), v.contiguous(), scale)
     if not len(tables.items):
         return new, new_lse / LOG2_E
-    prefix = _attend_prefix(tables, kinds, q, arena, entries, frames, scale, tuning)
-    return _finish(tables, prefix, frames, new, new_lse)
-
-
-@dataclass(frozen=True)
-class _Prefix:
-    """Attention of every item, by frame of `planes` (places in FRAMES).
-
-    partial  float32 [planes, items, kv_heads, tile_rows, columns], in the frame
-    lse      float32 [planes, items, kv_heads, tile_rows], base 2, q.centre left out
-    near     float32 [kv_heads, rows], q.centre, base 2
-    """
-
-    planes: tuple[int, ...]
-    partial: torch.Tensor
-    lse: torch.Tensor
-    near: torch.Tensor
+    _attend_prefix(tables, q, arena, entries, frames, scale, workspace)
+    return _finish(tables, frames, new, new_lse, workspace)
 
 
 def _attend_prefix(
     tables: ExtendTables,
-    kinds: Sequence[Kind],
     q: torch.Tensor,
     arena: torch.Tensor,
     entries: torch.Tensor,
     frames: LayerFrames,
     scale: float,
-    tuning: Tuning,
-) -> _Prefix:
-    tokens, heads, d = q.shape
-    kv_heads = frames.key_centre.shape[0]
-    group, columns = heads // kv_heads, columns_of(d)
-    plane_of = {kind: FRAMES.index(kinds[kind][0].pattern.frame) for kind in tables.present}
-    planes = tuple(sorted(set(plane_of.values())))
-    f32: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
-    items, rows = len(tables.items), tokens * group
-    present = len(plane_of)
-    framed = torch.empty(present, kv_heads, rows, columns, dtype=torch.float16, device=q.device)
-    scales = torch.empty(present, kv_heads, rows, **f32)
-    near = torch.empty(kv_heads, rows, **f32)
-    partial = torch.empty(len(planes), items, kv_heads, tables.tile_rows, columns, **f32)
-    lse = torch.empty(len(planes), items, kv_heads, tables.tile_rows, **f32)
-    words = arena.view(torch.int32)
-    pdl = has_dependent_launch(q.device)
-    constants = frame_constants([keys for keys, _ in kinds], group)
-    named = sum(kind << (4 * i) for i, kind in enumerate(plane_of))
-    launcher(frame_rows, (-(-rows // constants["ROWS"]), kv_heads, present))(
-        q, frames.key_duals, frames.key_centre, framed, scales, near, tokens, kv_heads,
-        scale * LOG2_E, named, **constants, PDL=pdl, num_warps=FRAME_WARPS, **launch_options(pdl),
+    work: ExtendWorkspace,
+) -> None:
+    kv_heads, rows = work.near.shape
+    grid = -(-rows // work.frame["ROWS"]), kv_heads, len(work.pages)
+    launcher(frame_rows, grid)(
+        q, frames.key_duals, frames.key_centre, work.framed, work.scales, work.near, len(q),
+        kv_heads, scale * LOG2_E, work.present, **work.frame,
     )  # fmt: skip
-    written: set[int] = set()
-    for i, (kind, plane) in enumerate(plane_of.items()):
-        keys, values = kinds[kind]
-        place, order = planes.index(plane), 2 if plane in written else min(i, 1)
-        launcher(extend_pages, (items, kv_heads))(
-            words, entries, tables.items, tables.requests, tables.runs, framed[i], scales[i],
-            partial[place], lse[place], rows, entries.shape[1], order,
-            **kernel_constants(keys, values, group), M=tables.tile_rows, KIND=kind,
-            KINDS=len(kinds),
-            STAGES=tuning.stages, PTX=has_ptx(q.device), PDL=pdl, num_warps=tuning.warps,
-            maxnreg=tuning.registers, **launch_options(pdl),
+    launch = launcher(extend_pages, (len(tables.items), kv_heads))
+    words = arena.view(torch.int32)
+    for i, (place, order, constants) in enumerate(work.pages):
+        launch(
+            words, entries, tables.items, tables.requests, tables.runs, work.framed[i],
+            work.scales[i], work.partial[place], work.lse[place], rows, entries.shape[1], order,
+            **constants,
         )  # fmt: skip
-        written.add(plane)
-    return _Prefix(planes, partial, lse, near)
 
 
 def _finish(
     tables: ExtendTables,
-    prefix: _Prefix,
     frames: LayerFrames,
     new: torch.Tensor,
     new_lse: torch.Tensor,
+    work: ExtendWorkspace,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _, heads, d = new.shape
-    kv_heads, rows = prefix.near.shape
-    pdl = has_dependent_launch(new.device)
+    kv_heads, rows = work.near.shape
     out, lse = torch.empty_like(new), torch.empty_like(new_lse)
-    few = len(tables.tiles) * kv_heads <= MULTIPROCESSORS
-    constants, warps = finish_constants(d, few)
-    launcher(finish_rows, (len(tables.tiles) * (tables.tile_rows // constants["ROWS"]), kv_heads))(
-        prefix.partial, prefix.lse, tables.tiles, tables.requests,
-        frames.value_duals[prefix.planes[0] :], frames.value_centre, prefix.near,
-        new.contiguous(), new_lse.contiguous(), out, lse, rows, len(tables.items), kv_heads,
-        **constants, G=heads // kv_heads, M=tables.tile_rows, PLANES=len(prefix.planes),
-        BANDS=_bands(prefix.planes), PDL=pdl, num_warps=warps, **launch_options(pdl),
+    grid = len(tables.tiles) * (tables.tile_rows // work.finish["ROWS"]), kv_heads
+    launcher(finish_rows, grid)(
+        work.partial, work.lse, tables.tiles, tables.requests,
+        frames.value_duals[work.planes[0] :], frames.value_centre, work.near, new, new_lse, out,
+        lse, rows, len(tables.items), kv_heads, **work.finish,
     )  # fmt: skip
     return out, lse
 
 
-def finish_constants(head_dim: int, few: bool) -> tuple[dict[str, int], int]:
+def finish_constants(head_dim: int, few: bool) -> tuple[dict[str, Any], int]:
     """What finish_rows is specialised on, but for the frames, and its warps. Few tiles wait for
     their splits, all columns at once; of many a block of columns, so that two programs fit where
     one would."""
