@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +29,9 @@ from spherical_kernels.plan.launch import PlanTables, most_items, plan_pages
 from spherical_kernels.testing import assert_close
 
 PAGE = 64
-KINDS = {"hot": (0, 0), "warm": (2, 3), "cold": (5, 6)}  # patterns of keys and values
+Pair = tuple[int, int]
+KINDS: Mapping[str, Pair] = {"hot": (0, 0), "warm": (2, 3), "cold": (5, 6)}
+"""Patterns of keys and values of every kind of page."""
 MAX_ERROR, RMS_ERROR = 4e-3, 1e-3  # of the output, over its rms
 FEWEST_PAGES = 4
 ENTRY_BYTES = 12  # what a page costs beside its slices: its id and its blocks, for every KV head
@@ -72,8 +75,11 @@ every page is of a random kind."""
 class Batch:
     """Random pages on the GPU: the slices of a page adjacent, the pages in random order."""
 
-    def __init__(self, shape: Shape, tier: str, layers: int = 1) -> None:
-        self.shape = shape
+    def __init__(
+        self, shape: Shape, tier: str, layers: int = 1, kinds: Mapping[str, Pair] = KINDS
+    ) -> None:
+        """layers: that a page holds, as in a server; `self.pages` are the last one's."""
+        self.shape, self.names = shape, list(kinds)
         torch.manual_seed(shape.context + shape.head_dim)
         d, heads = shape.head_dim, shape.kv_heads
         self.q = torch.randn(shape.batch, shape.heads, d, device="cuda").bfloat16()
@@ -86,7 +92,7 @@ class Batch:
         self.scale = 0.5 / math.sqrt(d)
         self.kinds = tuple(
             (slice_layout(PATTERNS[k], PAGE, d), slice_layout(PATTERNS[v], PAGE, d))
-            for k, v in KINDS.values()
+            for k, v in kinds.values()
         )
         pairs = [sum(side.size_bytes for side in kind) for kind in self.kinds]
         self.level = self._levels(tier).flatten()  # of every page, request by request
@@ -124,7 +130,7 @@ class Batch:
         if tier == "mixed":
             level[:, 1:-4] = 1
         else:
-            level += list(KINDS).index(tier)
+            level += self.names.index(tier)
         return level
 
     def _places(self, kind: int, side: int) -> torch.Tensor:

@@ -30,8 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
@@ -42,16 +41,15 @@ import numpy as np
 import requests
 from capacity import dense_bytes_per_token
 from client import TIMEOUT_SECONDS, save
-from serve import COMMON as DUMMY
 from serve import LLAMA_8B
 from sharing_report import plot, table
+from sharing_servers import SERVERS, flags, server_info, start, start_together
 from sharing_workload import WORKLOADS, Limitless, Shape, Source, Workload, read_text
 from tqdm import tqdm
 
 from sglang_spherical import top
-from sglang_spherical.server import Server, ServerFailed, has_gpu, launch
+from sglang_spherical.server import Server, ServerFailed, launch
 
-SERVERS = ("spherical", "bf16", "fp8")
 WORKING_SETS = [0.5, 1.0, 2.0, 4.0, 8.0]
 SAMPLE_SECONDS = 0.5
 TINY = 1e-9  # of probability: what rounding may leave of "any other token"
@@ -180,13 +178,6 @@ def run_cell(server: Server, name: str, work: Workload, args: argparse.Namespace
     return Cell(row, [s for s in served if s.tops], samples)
 
 
-def server_info(url: str) -> dict[str, Any]:
-    """A server's arguments, as it has them in the end."""
-    reply = requests.get(f"{url}/server_info", timeout=TIMEOUT_SECONDS)
-    reply.raise_for_status()
-    return reply.json()
-
-
 def figures(warm: list[Served], served: list[Served], seconds: float, page_tokens: int) -> Row:
     """Of a measured pass: the row's figures but for what the reference server has to say."""
     hits = []
@@ -247,34 +238,6 @@ def score(url: str, cells: list[Cell]) -> None:
         ]
         kl, mass = np.mean(pairs, axis=0) if pairs else (math.nan, math.nan)
         cell.row |= {"kl_mean": float(kl), "kl_mass": float(mass), "kl_tokens": len(pairs)}
-
-
-def flags(name: str, args: argparse.Namespace) -> list[str]:
-    """What makes a server of that name, with `args.kv_bytes` of KV memory."""
-    more = ["--enable-metrics", *(DUMMY if args.dummy else ()), *args.args]
-    if name == "spherical":
-        return ["--kv-format", "spherical", "--spherical-kv-bytes", str(args.kv_bytes), *more]
-    tokens = args.pool_tokens
-    dense = ["--attention-backend", "flashinfer" if has_gpu() else "torch_native", *more]
-    if name == "fp8":
-        dense, tokens = [*dense, "--kv-cache-dtype", "fp8_e4m3"], 2 * tokens
-    return [*dense, "--max-total-tokens", str(tokens)]
-
-
-def start(name: str, args: argparse.Namespace) -> AbstractContextManager[Server]:
-    """A server of that name, while the context lasts."""
-    log = args.log_dir / f"{name}.log" if args.log_dir else None
-    return launch(args.model, args=flags(name, args), log=log)
-
-
-@contextmanager
-def start_together(args: argparse.Namespace) -> Iterator[dict[str, Server]]:
-    """All servers at once, started side by side; only one of them is asked at a time."""
-    with ThreadPoolExecutor(len(args.servers)) as threads, ExitStack() as stack:
-        starting = {
-            name: threads.submit(stack.enter_context, start(name, args)) for name in args.servers
-        }
-        yield {name: server.result() for name, server in starting.items()}
 
 
 def serve(

@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import decode_cases
 import torch
 import triton
 from decode_cases import PAGE, Batch, Shape
@@ -61,9 +60,9 @@ class Products:
             hidden[:, :WIDE] @ down
 
 
-def ours(shape: Shape, layers: int, page_layers: int) -> Attend:
+def ours(shape: Shape, layers: int, page_layers: int, kinds: list[str]) -> Attend:
     """Encoding and attention of one layer, as the server launches them."""
-    batch = Batch(shape, "mixed", page_layers)
+    batch = Batch(shape, "mixed", page_layers, {name: KINDS[name] for name in kinds})
     decode = batch.plan()
     frames = [
         LayerFrames(*(getattr(batch.frames, name).clone() for name in batch.frames.__dict__))
@@ -106,7 +105,7 @@ def measure(context: int, batch: int, args: argparse.Namespace) -> dict[str, Any
         row["products_us"] = base / args.layers
         return (whole - base) / args.layers
 
-    attend = ours(shape, args.layers, args.page_layers)
+    attend = ours(shape, args.layers, args.page_layers, args.kinds.split(","))
     row["ours_us"] = added(attend)
     times = kernel_us(partial(products.run, attend))
     names = ("encode_tokens_kernel", "frame_queries", "decode_pages", "merge_rows")
@@ -134,8 +133,6 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    decode_cases.KINDS.clear()
-    decode_cases.KINDS.update({name: KINDS[name] for name in args.kinds.split(",")})
     rows = []
     for point in args.points:
         context, batch = map(int, point.split(","))

@@ -58,6 +58,7 @@ class KernelAttnBackend(SphericalAttnBackend):
         self._plan_decode(forward_batch, self.graph_tables)
 
     def _plan_decode(self, forward_batch: Any, tables: DecodeTables) -> None:
+        self.extend_plan = None  # its workspace may be large
         tables.plan(forward_batch.req_pool_indices, forward_batch.seq_lens)
         self.decode_tables = tables
 

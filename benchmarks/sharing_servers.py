@@ -1,0 +1,52 @@
+"""The servers that `sharing_run.py` compares, at equal bytes of KV memory."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import requests
+from client import TIMEOUT_SECONDS
+from serve import COMMON as DUMMY
+
+from sglang_spherical.server import Server, has_gpu, launch
+
+SERVERS = ("spherical", "bf16", "fp8")
+
+
+def flags(name: str, args: argparse.Namespace) -> list[str]:
+    """What makes a server of that name, with `args.kv_bytes` of KV memory."""
+    more = ["--enable-metrics", *(DUMMY if args.dummy else ()), *args.args]
+    if name == "spherical":
+        return ["--kv-format", "spherical", "--spherical-kv-bytes", str(args.kv_bytes), *more]
+    tokens = args.pool_tokens
+    dense = ["--attention-backend", "flashinfer" if has_gpu() else "torch_native", *more]
+    if name == "fp8":
+        dense, tokens = [*dense, "--kv-cache-dtype", "fp8_e4m3"], 2 * tokens
+    return [*dense, "--max-total-tokens", str(tokens)]
+
+
+def start(name: str, args: argparse.Namespace) -> AbstractContextManager[Server]:
+    """A server of that name, while the context lasts."""
+    log = args.log_dir / f"{name}.log" if args.log_dir else None
+    return launch(args.model, args=flags(name, args), log=log)
+
+
+@contextmanager
+def start_together(args: argparse.Namespace) -> Iterator[dict[str, Server]]:
+    """All servers at once, started side by side; only one of them is asked at a time."""
+    with ThreadPoolExecutor(len(args.servers)) as threads, ExitStack() as stack:
+        starting = {
+            name: threads.submit(stack.enter_context, start(name, args)) for name in args.servers
+        }
+        yield {name: server.result() for name, server in starting.items()}
+
+
+def server_info(url: str) -> dict[str, Any]:
+    """A server's arguments, as it has them in the end."""
+    reply = requests.get(f"{url}/server_info", timeout=TIMEOUT_SECONDS)
+    reply.raise_for_status()
+    return reply.json()
