@@ -43,12 +43,13 @@ def peer_cell(row: Row, peer: str) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    head = ["batch × context", "tier", "µs", "of copy", *PEERS.values(), "max error", "rms error"]
+    timed = {key: name for key, name in PEERS.items() if any(row.get(key) for row in rows)}
+    head = ["batch × context", "tier", "µs", "of copy", *timed.values(), "max error", "rms error"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [shape_name(row), row["tier"], f"{row['ours_us']:.1f}"]
         cells.append(f"{row['fraction_of_copy']:.3f}")
-        cells += [peer_cell(row, peer) for peer in PEERS]
+        cells += [peer_cell(row, peer) for peer in timed]
         cells += [f"{row['max_error']:.1e}", f"{row['rms_error']:.1e}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -71,12 +72,14 @@ def plot(found: dict[str, Any], path: Path) -> None:
         roof.scatter(sizes, fractions, color=colour, label=tier)
     roof.axhline(1.0, color="black", linewidth=0.8)
     roof.set(xscale="log", xlabel="megabytes read", ylabel="of copy bandwidth", ylim=(0, 1.05))
-    roof.set_title(f"{found['device']}: copy {found['copy_gb_s'] / 1000:.2f} TB/s")
+    roof.set_title(f"{found['device']}: copy {found['copy_gb_s'] / 1000:.2f} TB/s", fontsize=10)
     roof.legend()
     warm = [row for row in found["rows"] if row["tier"] == "warm" and _usual(row["shape"])]
     warm.sort(key=_tokens)
     for key, name in {"ours_us": "ours, warm", **PEERS}.items():
         known = [row for row in warm if row.get(key)]
+        if not known:
+            continue
         alone = [row for row in known if row["shape"]["batch"] == 1]
         several = [row for row in known if row["shape"]["batch"] > 1]
         (line,) = slope.plot(
@@ -88,7 +91,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
             color=line.get_color(), marker="x",
         )  # fmt: skip
     slope.set(xscale="log", yscale="log", xlabel="thousand tokens read", ylabel="µs of a layer")
-    slope.set_title("8 KV heads × 4, d = 128; lines: one request, crosses: several")
+    slope.set_title("8 KV heads × 4, d = 128 (lines: one request, crosses: more)", fontsize=10)
     slope.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
