@@ -167,7 +167,10 @@ class Warp:
             inputs = [x.astype(DTYPES[wider]) for x in inputs[:2]]
             inputs += [self.get(x, wider) for x in a[3:]]
             kind = wider
-        if kind in ("f32", "f16"):
+        if "hi" in parts:
+            x, y = (x.astype(DTYPES[kind[0] + "64"]) for x in inputs)
+            result = (x * y >> (8 * inputs[0].dtype.itemsize)).astype(DTYPES[kind])
+        elif kind in ("f32", "f16"):
             wide = [self.flush(x, parts).astype(np.float64) for x in inputs]
             result = self.flush(ARITHMETIC[name](*wide).astype(DTYPES[kind]), parts)
         else:
@@ -252,6 +255,12 @@ class Warp:
     def op_setp(self, parts: list[str], a: list[str], active: Array) -> None:
         x, y = (self.get(name, parts[-1]) for name in a[1:3])
         self.put(a[0], COMPARE[parts[1].removesuffix("u")](x, y), active)
+
+    def op_not(self, parts: list[str], a: list[str], active: Array) -> None:
+        if parts[-1] == "pred":
+            self.put(a[0], ~self.registers[a[1]].astype(bool), active)
+        else:
+            self.put(a[0], ~self.get(a[1], parts[-1]), active)
 
     def op_selp(self, parts: list[str], a: list[str], active: Array) -> None:
         chosen = self.registers[a[3]].astype(bool)
@@ -365,5 +374,5 @@ ARITHMETIC: dict[str, Callable[..., Array]] = {
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "neg": np.negative,
     "abs": np.abs, "fma": lambda x, y, z: x * y + z, "mad": lambda x, y, z: x * y + z,
     "div": np.divide, "ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal, "shl": shift_left,
-    "shr": shift_right, "bfe": extract, "shf": funnel, "not": np.bitwise_not,
+    "shr": shift_right, "bfe": extract, "shf": funnel,
 }  # fmt: skip
