@@ -55,10 +55,16 @@ def generate_together(url: str, prompts: list[list[int]], new_tokens: int) -> fl
     return time.perf_counter() - started
 
 
+def command() -> str:
+    """How this was called, paths cut to their last part."""
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+
+
 def save(path: Path | None, result: dict[str, object]) -> None:
     """Writes `result` with the command and the versions that made it; prints where."""
     result = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(),
         "machine": f"{platform.machine()}, {platform.system()}",
         "versions": {name: version(name) for name in ("sglang", "sglang-spherical", "torch")},
         **result,

@@ -94,10 +94,10 @@ class Batch:
         centre = torch.randn(2, heads, d, device="cuda")
         self.frames = LayerFrames(duals, duals, centre[0], centre[1])
         self.scale = 0.5 / math.sqrt(d)
-        self.kinds = [
+        self.kinds = tuple(
             (slice_layout(PATTERNS[k], PAGE, d), slice_layout(PATTERNS[v], PAGE, d))
             for k, v in TIERS
-        ]
+        )
         pages = -(-shape.prefix // PAGE)
         self.levels = torch.full((pages,), shape.level, dtype=torch.uint8, device="cuda")
         self.levels[:1] = 0

@@ -1,6 +1,6 @@
 """What perplexity hides: is what a model finds in a long dense context found in every tier too?
 
-usage: python benchmarks/probes.py --model DIR --text FILE [--json OUT] [-- FLAGS]
+usage: python benchmarks/probes.py --model DIR --text FILE [--json OUT] [-- FLAGS of every server]
 
 Needles, quotations and chains of variables (`probe_items.py`) in haystacks made of the text; greedy
 answers, scored by exact string match. One server after another: a dense one, then one per tier,
@@ -40,7 +40,7 @@ from tqdm import tqdm
 from sglang_spherical.banner import Banner
 from sglang_spherical.config import PAGE_SIZES, TIERS, SphericalConfig
 from sglang_spherical.evaluation.inputs import DTYPES, require_model
-from sglang_spherical.server import Server, launch
+from sglang_spherical.server import Server, has_gpu, launch
 
 FRAME_TOKENS = 2048  # read first by a tier's server
 SHORTEST_LENGTH = 2048
@@ -124,10 +124,11 @@ def server_args(server: str, args: argparse.Namespace, haystack_tokens: list[int
     page = max(PAGE_SIZES)
     common = ["--max-total-tokens", str(-(-held // page) * page), "--dtype", args.dtype]
     common += ["--watchdog-timeout", str(TIMEOUT_SECONDS)]
+    common += args.flags
     if server == DENSE:
-        return [*common, "--attention-backend", "torch_native"]
+        return [*common, "--attention-backend", "flashinfer" if has_gpu() else "torch_native"]
     tier = ["--kv-format", "spherical", "--spherical-budget", server]
-    return [*common, *tier, "--decode-log-interval", "1", *args.flags]
+    return [*common, *tier, "--decode-log-interval", "1"]
 
 
 def ask(url: str, prompt: list[int], new_tokens: int) -> Reply:
@@ -237,7 +238,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("flags", nargs="*", help="more flags of the tiers' servers, after --")
+    parser.add_argument("flags", nargs="*", help="after --: further flags of every server")
     return parser.parse_args(argv)
 
 

@@ -40,7 +40,7 @@ import aiohttp
 import numpy as np
 import requests
 from capacity import dense_bytes_per_token
-from client import TIMEOUT_SECONDS, save
+from client import TIMEOUT_SECONDS, command, save
 from serve import LLAMA_8B
 from sharing_report import plot, table
 from sharing_servers import SERVERS, flags, server_info, start, start_together
@@ -350,12 +350,6 @@ def result(shape: Shape, cells: list[Cell], args: argparse.Namespace) -> dict[st
         "rows": [cell.row for cell in cells],
         "tiers": tiers,
     }
-
-
-def command() -> str:
-    """How this was called, paths cut to their last part."""
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
 def settings(shape: Shape, args: argparse.Namespace) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from sglang_spherical.pool.allocator import SphericalAllocator
 from sglang_spherical.pool.arena import KEYS, VALUES
 from spherical_kernels.testing import poison
 
-PAGE, LAYERS, HEADS, GROUP, DIM = 16, 2, 2, 2, 32
+PAGE, DIM = (32, 64) if torch.cuda.is_available() else (16, 32)  # a GPU serves nothing smaller
+LAYERS, HEADS, GROUP = 2, 2, 2
 LONGEST = 200
 
 
@@ -40,7 +41,7 @@ class Runner:
         device: str = "cpu",
     ) -> None:
         self.dtype, self.device = dtype, device
-        self.pool = tiny_pool(pages, device)
+        self.pool = tiny_pool(pages, device, page_size=PAGE, head_dim=DIM)
         self.pool.kernels = kernels
         poison(self.pool.arena.bytes)
         self.allocator = SphericalAllocator(self.pool)

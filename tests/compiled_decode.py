@@ -33,7 +33,8 @@ from spherical_kernels.decode.launch import Tuning, kernel_constants, tuning_for
 
 given = json.loads(sys.argv[1])
 kinds = tuple(
-    tuple(slice_layout(PATTERNS[i], 64, given["head_dim"]) for i in pair) for pair in given["kinds"]
+    tuple(slice_layout(PATTERNS[i], given["page"], given["head_dim"]) for i in pair)
+    for pair in given["kinds"]
 )
 tuning = Tuning(**given["tuning"]) if given["tuning"] else tuning_for(kinds, given["group"])
 constants = kernel_constants(kinds, given["group"], tuning)
@@ -137,11 +138,13 @@ def compile_decode(
     group: int,
     capability: int = 90,
     tuning: Tuning | None = None,
+    page: int = 64,
 ) -> Compiled:
-    """Pages of 64 tokens; with the measured tuning where none is given."""
+    """With the measured tuning where none is given."""
     given = {
         "kinds": [[PATTERN_ID[side] for side in kind] for kind in kinds],
         "head_dim": head_dim,
+        "page": page,
         "group": group,
         "capability": capability,
         "tuning": asdict(tuning) if tuning else None,

@@ -23,6 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE, GAP = 64, 64
 HOT, HOT4 = (PATTERNS[0], PATTERNS[0]), (PATTERNS[1], PATTERNS[1])
 WARM = PATTERNS[2], PATTERNS[3]
+COOL = PATTERNS[4], PATTERNS[4]
 COLD = PATTERNS[5], PATTERNS[6]
 Kinds = tuple[tuple[Pattern, Pattern], ...]
 
@@ -42,7 +43,9 @@ class Case:
         kv_heads: int = 1,
         group: int = 4,
         loudness: float = 1.0,
+        page: int = PAGE,
     ) -> None:
+        self.page = page
         self.rng = torch.Generator().manual_seed(d + group)
         self.d, self.kv_heads, self.group, self.scale = d, kv_heads, group, 0.8 * d**-0.5
         self.lengths = [sum(of_request) for of_request in tokens]
@@ -53,14 +56,14 @@ class Case:
         self.matrices = {FrameKind.HOT: hot, FrameKind.CALIBRATED: matrix}
         duals = torch.stack([hot, dual])
         self.frames = LayerFrames(duals, duals, self.normal(kv_heads, d), self.normal(kv_heads, d))
-        self.kinds = tuple((slice_layout(k, PAGE, d), slice_layout(v, PAGE, d)) for k, v in kinds)
+        self.kinds = tuple((slice_layout(k, page, d), slice_layout(v, page, d)) for k, v in kinds)
         # pages of a request in any order, but a partial one last
         self.levels: list[list[int]] = []
         for of_request in tokens:
-            counts = [-(-n // PAGE) for n in of_request]
+            counts = [-(-n // self.page) for n in of_request]
             order = torch.tensor([kind for kind, n in enumerate(counts) for _ in range(n)])
             order = order[torch.randperm(len(order), generator=self.rng)].tolist()
-            if of_request[0] % PAGE:
+            if of_request[0] % self.page:
                 order.remove(0)
                 order.append(0)
             self.levels.append([int(kind) for kind in order])
@@ -87,7 +90,7 @@ class Case:
 
     def encode(self, layout: SliceLayout, pages: int, side: int) -> torch.Tensor:
         head = torch.arange(self.kv_heads).repeat(pages)
-        x = self.normal(len(head), PAGE, self.d) + self.normal(len(head), 1, self.d)
+        x = self.normal(len(head), self.page, self.d) + self.normal(len(head), 1, self.d)
         centre = (self.frames.key_centre, self.frames.value_centre)[side]
         return encode_slices(layout, x, self.matrices[layout.pattern.frame][head], centre[head])
 
@@ -103,7 +106,7 @@ class Case:
             ]
             pages = self.pages_of(kind)
             request = torch.tensor([page[0] for page in pages]).long()
-            valid = [min(PAGE, self.lengths[i] - place * PAGE) for i, place in pages]
+            valid = [min(self.page, self.lengths[i] - place * self.page) for i, place in pages]
             row_of = request.repeat_interleave(self.kv_heads) * self.kv_heads
             row_of += torch.arange(self.kv_heads).repeat(len(pages))
             valid = torch.tensor(valid).long().repeat_interleave(self.kv_heads)
@@ -142,9 +145,9 @@ class Case:
         tables."""
         pages, ids, page_level = self.place_pages()
         batch, most = len(self.levels), max(map(len, self.levels)) + 2
-        table = torch.zeros(batch, most * PAGE, dtype=torch.int32)
+        table = torch.zeros(batch, most * self.page, dtype=torch.int32)
         for row, mine in zip(table, ids):
-            loc = torch.tensor(mine).long().unsqueeze(1) * PAGE + torch.arange(PAGE)
+            loc = torch.tensor(mine).long().unsqueeze(1) * self.page + torch.arange(self.page)
             row[: loc.numel()] = loc.flatten().int()
         max_items = (batch + 1) * len(self.kinds) + items
         tables = PlanTables.allocate(batch + 1, most, len(self.kinds), max_items, DEVICE)
@@ -153,7 +156,7 @@ class Case:
         lengths = torch.tensor(self.lengths, device=DEVICE)
         plan_pages(
             tables, table.to(DEVICE), torch.arange(batch, device=DEVICE), lengths,
-            page_level.to(DEVICE), PAGE, 1, max_items,
+            page_level.to(DEVICE), self.page, 1, max_items,
         )  # fmt: skip
         names = "key_duals", "value_duals", "key_centre", "value_centre"
         frames = LayerFrames(*(getattr(self.frames, name).to(DEVICE) for name in names))

@@ -1,23 +1,63 @@
-"""What a device lets a kernel use."""
+"""What a device lets a kernel use, and how kernels are launched."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 import triton
+from triton.runtime import driver
 
 _compiling: ContextVar[bool] = ContextVar("compiling", default=False)
 
+Grid = tuple[int, int, int]
 
-def launcher(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
-    """What launches `kernel` on `grid`, or inside `compiling` only compiles it."""
-    return partial(kernel.warmup, grid=grid) if _compiling.get() else kernel[grid]
+
+class Launch:
+    """A kernel and what it is specialised on; called with its grid and its other arguments.
+
+    Triton works out at every launch which binary its arguments ask for, which takes the host some
+    40 us, longer than most kernels here run. This asks Triton once for all arguments that look
+    alike to it, and then launches the binary itself.
+    """
+
+    def __init__(self, kernel: Any, **constants: Any) -> None:
+        self.constants = constants
+        self._kernel = kernel
+        self._binaries: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, grid: Grid, *args: Any) -> None:
+        """Launches on `grid`; `args` are the kernel's parameters before the constants."""
+        if _compiling.get():
+            self._kernel.warmup(*args, grid=grid, **self.constants)
+        elif isinstance(self._kernel, triton.JITFunction):
+            look = driver.active.get_current_device(), *map(_look, args)
+            if look in self._binaries:
+                self._binaries[look][grid](*args, *self._last)
+            else:
+                self._binaries[look] = self._kernel[grid](*args, **self.constants)
+        else:  # interpreted
+            self._kernel[grid](*args, **self.constants)
+
+    @cached_property
+    def _last(self) -> tuple[Any, ...]:
+        """The constants that are parameters, in their order."""
+        names = self._kernel.arg_names
+        return tuple(self.constants[name] for name in names if name in self.constants)
+
+
+def _look(argument: torch.Tensor | int | float) -> tuple[Any, ...]:
+    """All that Triton may specialise a binary on."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, argument.bit_length() > 31
+    return ()
 
 
 @contextmanager

@@ -17,9 +17,10 @@ OLDEST_GPU = (8, 0)
 GPU_HEAD_DIMS = (64, 80, 96, 128, 256)
 """Head dimensions that the kernels are tested at; narrower bands than theirs read wrongly."""
 
-LARGE_PAGE_HEAD_DIMS, LARGE_PAGE = (80, 96), 64
-"""Rows of these that are no whole words leave an operand transposed in shared memory. Triton's
-product was seen to read such a one wrongly where pages were smaller than this (docs/kernels.md)."""
+SMALLEST_PAGES = {64: 32, 80: 64, 96: 64}
+"""Smallest page by head dimension, where it is not any. Rows of left-over digits that are no whole
+words leave an operand transposed in shared memory, and Triton's product reads it wrongly where it
+is narrower than this page (docs/kernels.md)."""
 
 
 def build_backend(model_runner: Any) -> SphericalAttnBackend:
@@ -64,11 +65,12 @@ def _check_gpu(device: torch.device, head_dim: int, page_size: int) -> None:
             f"heads of dimension {head_dim}: the GPU kernels of --kv-format spherical serve "
             f"{known}: use --device cpu, or --kv-format dense"
         )
-    if head_dim in LARGE_PAGE_HEAD_DIMS and page_size < LARGE_PAGE:
+    smallest = SMALLEST_PAGES.get(head_dim, 0)
+    if page_size < smallest:
         raise StartupError(
             f"--page-size {page_size} with heads of dimension {head_dim}: the GPU kernels of "
-            f"--kv-format spherical need pages of {LARGE_PAGE} tokens there: use --page-size "
-            f"{LARGE_PAGE}"
+            f"--kv-format spherical need pages of {smallest} tokens there: use --page-size "
+            f"{smallest}"
         )
 
 

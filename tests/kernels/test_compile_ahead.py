@@ -11,8 +11,6 @@ import subprocess
 import sys
 
 SCRIPT = """
-from functools import partial
-
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -59,9 +57,8 @@ def compiled():
     return {(k.fn.__name__, key) for k in KERNELS for key in k.device_caches[0][0]}
 
 
-# the smallest head dimension that a GPU serves
-backend_tools.DIM = 64
-backend_tools.tiny_pool = partial(backend_tools.tiny_pool, head_dim=64)
+# the smallest head dimension and page that a GPU serves
+backend_tools.DIM, backend_tools.PAGE = 64, 32
 runner = Runner(dtype=torch.bfloat16, kernels=True)
 pool = runner.pool
 ones = torch.ones_like(pool.frames.centre)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decode_case import COLD, HOT, HOT4, PAGE, WARM, Case
+from decode_case import COLD, COOL, HOT, HOT4, PAGE, WARM, Case
 
 from spherical_kernels.codec.patterns import PATTERNS, Pattern
 from spherical_kernels.testing import POISON
@@ -37,6 +37,12 @@ def test_kinds_merge_over_requests_and_heads() -> None:
 
 def test_hot_codes_of_four_bits() -> None:
     Case((HOT4, WARM), [(2 * PAGE + 9, PAGE)], 64).check()
+
+
+@pytest.mark.parametrize(("d", "page"), [(64, 32), (128, 16), (128, 32), (256, 16)])
+def test_smaller_pages(d: int, page: int) -> None:
+    tokens = [(page + 5, 2 * page, page, 2 * page), (3, 0, page, page)]
+    Case((HOT, WARM, COOL, COLD), tokens, d, page=page).check()
 
 
 def test_a_request_without_pages_has_no_attention() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from compiled_decode import Compiled, compile_decode
-from decode_case import COLD, HOT, PAGE, WARM, Case, Kinds
+from decode_case import COLD, COOL, HOT, PAGE, WARM, Case, Kinds
 from warp import Warp
 
 from spherical_kernels.decode import launch
@@ -71,6 +71,28 @@ def test_compiled_code_agrees(
     tokens: list[tuple[int, ...]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kernel = CompiledKernel(compile_decode(kinds, head_dim, group))
+    check(monkeypatch, kinds, tokens, head_dim, group, PAGE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_decode.py has it")
+@pytest.mark.parametrize(("head_dim", "page"), [(64, 32), (128, 16)])
+def test_smallest_pages(head_dim: int, page: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rows of left-over digits are narrowest (attention/factory.py: SMALLEST_PAGES)."""
+    check(monkeypatch, (HOT, COOL, COLD), [(page + 5, 2 * page, page)], head_dim, 4, page)
+
+
+def check(
+    monkeypatch: pytest.MonkeyPatch,
+    kinds: Kinds,
+    tokens: list[tuple[int, ...]],
+    head_dim: int,
+    group: int,
+    page: int,
+) -> None:
+    kernel = CompiledKernel(compile_decode(kinds, head_dim, group, page=page))
     monkeypatch.setattr(launch, "decode_pages", kernel)
-    Case(kinds, tokens, head_dim, group=group).check()
+    launch._page_launch.cache_clear()
+    try:
+        Case(kinds, tokens, head_dim, group=group, page=page).check()
+    finally:
+        launch._page_launch.cache_clear()

@@ -70,10 +70,10 @@ class Case:
         self.q = (self.normal(tokens, heads * self.group, d) * self.loudness).to(self.dtype)
         self.k, self.v = (self.normal(tokens, heads, d).to(self.dtype) for _ in range(2))
         self.levels = torch.tensor([int(c) for r in self.requests for c in r.levels]).long()
-        self.sides = [
+        self.sides = tuple(
             tuple(slice_layout(pattern, self.page_size, d) for pattern in tier)
             for tier in self.tiers
-        ]
+        )
         # slices[level][side]: uint8 [pages, heads, size_bytes], for every page at every level
         self.slices = [[self.encode(side, i) for i, side in enumerate(pair)] for pair in self.sides]
 

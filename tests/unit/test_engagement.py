@@ -238,6 +238,7 @@ def test_a_worker_is_verified_once_built(monkeypatch, capsys):
         ((7, 5), 128, 64, "need an NVIDIA GPU of compute capability 8.0"),
         ((9, 0), 32, 64, "heads of dimension 32: the GPU kernels .* serve 64, 80, 96, 128, 256"),
         ((9, 0), 80, 32, "--page-size 32 with heads of dimension 80.* use --page-size 64"),
+        ((9, 0), 64, 16, "--page-size 16 with heads of dimension 64.* use --page-size 32"),
     ],
 )
 def test_what_the_kernels_cannot_read_is_refused_on_a_gpu(

@@ -19,7 +19,7 @@ from ..codec.frames import LayerFrames
 from ..codec.pages import GAUSSIAN_STEP
 from ..codec.patterns import BANDS, FrameKind
 from ..codec.slices import SliceLayout, Tile
-from ..device import has_dependent_launch, has_ptx, launch_options, launcher
+from ..device import Launch, has_dependent_launch, has_ptx, launch_options
 from ..plan.launch import PlanTables
 from .ends import frame_queries, merge_rows
 from .kernel import decode_pages
@@ -174,33 +174,63 @@ def run_decode(
     group = heads // kv_heads
     tuning = tuning or tuning_for(kinds, group)
     pdl = has_dependent_launch(q.device)
-    width = max(16, _power_of_two(d))
-    tile: dict[str, Any] = {"D": d, "DP": width, "G": group}
     rows = query_rows(batch, group, d)
     queries = workspace.parts, workspace.units
-    launcher(frame_queries, (-(-batch * group // rows) * kv_heads, len(FRAMES)))(
+    _frame_launch(d, group, rows, has_ptx(q.device), pdl, after_encode)(
+        (-(-batch * group // rows) * kv_heads, len(FRAMES), 1),
         q, frames.key_duals, frames.key_centre, *queries, workspace.near, batch, q.stride(0),
-        kv_heads, max_batch * heads, scale * LOG2_E, **tile, ROWS=rows, STAGES=FRAME_STAGES,
-        PRECISION=FRAME_PRECISION[has_ptx(q.device)], PDL=pdl, num_warps=FRAME_WARPS,
-        **launch_options(pdl and after_encode),
+        kv_heads, max_batch * heads, scale * LOG2_E,
     )  # fmt: skip
     max_items, max_pages = len(tables.items), tables.pages.shape[1]
-    launcher(decode_pages, (kv_heads, max_items, -(-group // MOST_HEADS)))(
+    _page_launch(kinds, group, tuning, has_ptx(q.device), pdl)(
+        (kv_heads, max_items, -(-group // MOST_HEADS)),
         SIGNS, pages.arena.view(torch.int8), tables.items, tables.pages, pages.page_blocks,
         pages.places,
         *queries, workspace.partial, workspace.partial_lse, max_pages,
         pages.page_blocks.shape[1], pages.block_bytes, pages.places.stride(0), kv_heads,
-        max_batch * heads, **kernel_constants(kinds, group, tuning), PTX=has_ptx(q.device), PDL=pdl,
+        max_batch * heads,
+    )  # fmt: skip
+    merge = _merge_launch(kinds, batch, group, pdl)
+    merge(
+        (-(-batch // merge.constants["REQUESTS"]) * kv_heads, -(-d // MERGE_COLUMNS), 1),
+        workspace.partial, workspace.partial_lse, tables.item_start, tables.hot_items,
+        frames.value_duals, frames.value_centre, workspace.near, out, lse, batch, kv_heads,
+    )  # fmt: skip
+
+
+@cache
+def _frame_launch(
+    head_dim: int, group: int, rows: int, ptx: bool, pdl: bool, after_encode: bool
+) -> Launch:
+    return Launch(
+        frame_queries, **_tile(head_dim, group), ROWS=rows, STAGES=FRAME_STAGES,
+        PRECISION=FRAME_PRECISION[ptx], PDL=pdl, num_warps=FRAME_WARPS,
+        **launch_options(pdl and after_encode),
+    )  # fmt: skip
+
+
+@cache
+def _page_launch(
+    kinds: tuple[Kind, ...], group: int, tuning: Tuning, ptx: bool, pdl: bool
+) -> Launch:
+    return Launch(
+        decode_pages, **kernel_constants(kinds, group, tuning), PTX=ptx, PDL=pdl,
         num_warps=tuning.warps, maxnreg=tuning.registers, **launch_options(pdl),
     )  # fmt: skip
-    merge = merge_constants(batch, group, d)
-    launcher(merge_rows, (-(-batch // merge["REQUESTS"]) * kv_heads, -(-d // MERGE_COLUMNS)))(
-        workspace.partial, workspace.partial_lse, tables.item_start, tables.hot_items,
-        frames.value_duals, frames.value_centre, workspace.near, out, lse, batch, kv_heads, **tile,
-        **merge,
+
+
+@cache
+def _merge_launch(kinds: tuple[Kind, ...], batch: int, group: int, pdl: bool) -> Launch:
+    head_dim = kinds[0][0].head_dim
+    return Launch(
+        merge_rows, **_tile(head_dim, group), **merge_constants(batch, group, head_dim),
         HOT=not kinds[0][0].calibrated, CALIBRATED=kinds[-1][0].calibrated, PDL=pdl,
         num_warps=merge_warps(batch), **launch_options(pdl),
     )  # fmt: skip
+
+
+def _tile(head_dim: int, group: int) -> dict[str, int]:
+    return {"D": head_dim, "DP": max(16, _power_of_two(head_dim)), "G": group}
 
 
 def query_rows(batch: int, group: int, head_dim: int) -> int:

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from ..codec.slices import SliceLayout
-from ..device import has_dependent_launch, launcher
+from ..device import Launch, has_dependent_launch
 from .kernel import encode_tokens_kernel
 
 
@@ -105,11 +105,18 @@ def encode_tokens(
         return
     if tuning is None:
         tuning = SMALL_TUNING if n <= SMALL_TOKENS else TUNING
-    launcher(encode_tokens_kernel, (-(-n // tuning.rows), kv_heads, 2))(
+    _launch(layout, tuning, page_blocks.shape[1], has_dependent_launch(arena.device))(
+        (-(-n // tuning.rows), kv_heads, 2),
         arena, page_blocks, loc, k, v, places, centre, signs,
         n, k.stride(0), k.stride(1), v.stride(0), v.stride(1), centre.stride(0), block_bytes,
-        **kernel_constants(layout), H=page_blocks.shape[1], ROWS=tuning.rows,
-        PDL=has_dependent_launch(arena.device), num_warps=tuning.warps,
+    )  # fmt: skip
+
+
+@cache
+def _launch(layout: SliceLayout, tuning: Tuning, blocks: int, pdl: bool) -> Launch:
+    return Launch(
+        encode_tokens_kernel, **kernel_constants(layout), H=blocks, ROWS=tuning.rows, PDL=pdl,
+        num_warps=tuning.warps,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from ..codec.frames import LayerFrames
 from ..codec.pages import GAUSSIAN_STEP
 from ..codec.patterns import FrameKind
 from ..codec.slices import SliceLayout
-from ..device import has_dependent_launch, has_ptx, launch_options, launcher
+from ..device import Launch, has_dependent_launch, has_ptx, launch_options
 from .ends import finish_rows, frame_rows
 from .kernel import extend_pages
 from .new_tokens import LOG2_E, attend_new_tokens, columns_of
@@ -85,10 +85,10 @@ class ExtendWorkspace:
     partial  float32 [planes, items, kv_heads, tile_rows, columns], of every item, in its frame
     lse      float32 [planes, items, kv_heads, tile_rows], base 2, q.centre left out
     present  kinds that are read, four bits each, the first in the lowest
-    frame    constants and options of frame_rows
+    frame    of frame_rows
     pages    of every kind that is read: its frame among planes, its place in the order of launches,
-             constants and options of extend_pages
-    finish   constants and options of finish_rows
+             and its launch of extend_pages
+    finish   of finish_rows
     """
 
     planes: tuple[int, ...]
@@ -98,15 +98,15 @@ class ExtendWorkspace:
     partial: torch.Tensor
     lse: torch.Tensor
     present: int
-    frame: dict[str, Any]
-    pages: tuple[tuple[int, int, dict[str, Any]], ...]
-    finish: dict[str, Any]
+    frame: Launch
+    pages: tuple[tuple[int, int, Launch], ...]
+    finish: Launch
 
     @classmethod
     def allocate(
         cls,
         tables: ExtendTables,
-        kinds: Sequence[Kind],
+        kinds: tuple[Kind, ...],
         heads: int,
         kv_heads: int,
         device: torch.device,
@@ -117,25 +117,15 @@ class ExtendWorkspace:
         plane_of = {kind: FRAMES.index(kinds[kind][0].pattern.frame) for kind in tables.present}
         planes = tuple(sorted(set(plane_of.values())))
         rows, columns, items = tables.tokens * group, columns_of(d), len(tables.items)
-        pdl = has_dependent_launch(device)
-        options = {"PDL": pdl, **launch_options(pdl)}
+        pdl, ptx = has_dependent_launch(device), has_ptx(device)
         f32: dict[str, Any] = {"dtype": torch.float32, "device": device}
         pages, started = [], set[int]()
         for i, (kind, plane) in enumerate(plane_of.items()):
             order = 2 if plane in started else min(i, 1)
-            constants = kernel_constants(*kinds[kind], group) | options
-            constants |= {
-                "M": tables.tile_rows, "KIND": kind, "KINDS": len(kinds), "STAGES": tuning.stages,
-                "PTX": has_ptx(device), "num_warps": tuning.warps, "maxnreg": tuning.registers,
-            }  # fmt: skip
-            pages.append((planes.index(plane), order, constants))
+            launch = _page_launch(kinds, kind, group, tables.tile_rows, tuning, ptx, pdl)
+            pages.append((planes.index(plane), order, launch))
             started.add(plane)
         few = len(tables.tiles) * kv_heads <= MULTIPROCESSORS
-        finish, warps = finish_constants(d, few)
-        finish |= {
-            "G": group, "M": tables.tile_rows, "PLANES": len(planes), "BANDS": _bands(planes),
-            "num_warps": warps,
-        }  # fmt: skip
         return cls(
             planes,
             torch.empty(len(pages), kv_heads, rows, columns, dtype=torch.float16, device=device),
@@ -144,9 +134,9 @@ class ExtendWorkspace:
             torch.empty(len(planes), items, kv_heads, tables.tile_rows, columns, **f32),
             torch.empty(len(planes), items, kv_heads, tables.tile_rows, **f32),
             sum(kind << (4 * i) for i, kind in enumerate(plane_of)),
-            frame_constants([k for k, _ in kinds], group) | options | {"num_warps": FRAME_WARPS},
+            _frame_launch(kinds, group, pdl),
             tuple(pages),
-            finish | options,
+            _finish_launch(d, few, group, tables.tile_rows, planes, pdl),
         )
 
 
@@ -197,18 +187,17 @@ def _attend_prefix(
     work: ExtendWorkspace,
 ) -> None:
     kv_heads, rows = work.near.shape
-    grid = -(-rows // work.frame["ROWS"]), kv_heads, len(work.pages)
-    launcher(frame_rows, grid)(
+    work.frame(
+        (-(-rows // work.frame.constants["ROWS"]), kv_heads, len(work.pages)),
         q, frames.key_duals, frames.key_centre, work.framed, work.scales, work.near, len(q),
-        kv_heads, scale * LOG2_E, work.present, **work.frame,
+        kv_heads, scale * LOG2_E, work.present,
     )  # fmt: skip
-    launch = launcher(extend_pages, (len(tables.items), kv_heads))
     words = arena.view(torch.int32)
-    for i, (place, order, constants) in enumerate(work.pages):
+    for i, (place, order, launch) in enumerate(work.pages):
         launch(
+            (len(tables.items), kv_heads, 1),
             words, entries, tables.items, tables.requests, tables.runs, work.framed[i],
             work.scales[i], work.partial[place], work.lse[place], rows, entries.shape[1], order,
-            **constants,
         )  # fmt: skip
 
 
@@ -221,13 +210,42 @@ def _finish(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     kv_heads, rows = work.near.shape
     out, lse = torch.empty_like(new), torch.empty_like(new_lse)
-    grid = len(tables.tiles) * (tables.tile_rows // work.finish["ROWS"]), kv_heads
-    launcher(finish_rows, grid)(
+    parts = tables.tile_rows // work.finish.constants["ROWS"]
+    work.finish(
+        (len(tables.tiles) * parts, kv_heads, 1),
         work.partial, work.lse, tables.tiles, tables.requests,
         frames.value_duals[work.planes[0] :], frames.value_centre, work.near, new, new_lse, out,
-        lse, rows, len(tables.items), kv_heads, **work.finish,
+        lse, rows, len(tables.items), kv_heads,
     )  # fmt: skip
     return out, lse
+
+
+@cache
+def _frame_launch(kinds: tuple[Kind, ...], group: int, pdl: bool) -> Launch:
+    constants = frame_constants([keys for keys, _ in kinds], group)
+    return Launch(frame_rows, **constants, PDL=pdl, num_warps=FRAME_WARPS, **launch_options(pdl))
+
+
+@cache
+def _page_launch(
+    kinds: tuple[Kind, ...], kind: int, group: int, rows: int, tuning: Tuning, ptx: bool, pdl: bool
+) -> Launch:
+    return Launch(
+        extend_pages, **kernel_constants(*kinds[kind], group), M=rows, KIND=kind, KINDS=len(kinds),
+        STAGES=tuning.stages, PTX=ptx, PDL=pdl, num_warps=tuning.warps, maxnreg=tuning.registers,
+        **launch_options(pdl),
+    )  # fmt: skip
+
+
+@cache
+def _finish_launch(
+    head_dim: int, few: bool, group: int, rows: int, planes: tuple[int, ...], pdl: bool
+) -> Launch:
+    constants, warps = finish_constants(head_dim, few)
+    return Launch(
+        finish_rows, **constants, G=group, M=rows, PLANES=len(planes), BANDS=_bands(planes),
+        PDL=pdl, num_warps=warps, **launch_options(pdl),
+    )  # fmt: skip
 
 
 def finish_constants(head_dim: int, few: bool) -> tuple[dict[str, Any], int]:

@@ -5,10 +5,12 @@ FlashInfer's ragged prefill was no faster here, from 16 to 8,192 new tokens (doc
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 
-from ..device import launcher
+from ..device import Launch
 from .ends import attend_new_rows
 from .tables import ExtendTables
 
@@ -26,13 +28,19 @@ def attend_new_tokens(
     kv_heads = k.shape[1]
     out = torch.empty_like(q)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    constants = new_rows_constants(d, q.element_size(), tables.tile_rows)
-    grid = len(tables.tiles) * (constants["M"] // constants["ROWS"]), kv_heads
-    launcher(attend_new_rows, grid)(
+    launch = _launch(d, q.element_size(), tables.tile_rows, heads // kv_heads)
+    parts = tables.tile_rows // launch.constants["ROWS"]
+    launch(
+        (len(tables.tiles) * parts, kv_heads, 1),
         q, k, v, tables.tiles, tables.requests, out, lse, kv_heads, scale * LOG2_E,
-        G=heads // kv_heads, **constants, num_warps=4,
     )  # fmt: skip
     return out, lse
+
+
+@cache
+def _launch(head_dim: int, element_bytes: int, tile_rows: int, group: int) -> Launch:
+    constants = new_rows_constants(head_dim, element_bytes, tile_rows)
+    return Launch(attend_new_rows, G=group, **constants, num_warps=4)
 
 
 def new_rows_constants(head_dim: int, element_bytes: int, tile_rows: int) -> dict[str, int]:

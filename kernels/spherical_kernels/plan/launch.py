@@ -7,11 +7,12 @@ was allocated, never on the requests' lengths.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 
-from ..device import launcher
+from ..device import Launch
 from .kernel import MOST_WAVES, cut_items, sort_pages
 
 PAGES_AT_ONCE = 256
@@ -90,15 +91,30 @@ def plan_pages(
         raise ValueError(f"slots: expected at most {max_batch} requests, got {batch}")
     kinds = tables.runs.shape[2]
     runs, max_items = max_batch * kinds, len(tables.items)
-    launcher(sort_pages, (batch,))(
+    _sort_launch(page_size, kinds)(
+        (batch, 1, 1),
         req_to_token, slots, lengths, page_level, tables.pages, tables.runs, req_to_token.stride(0),
-        max_pages, runs, PAGE=page_size, KP=kinds, BLOCK=PAGES_AT_ONCE, num_warps=SORT_WARPS,
+        max_pages, runs,
     )  # fmt: skip
     steps = max(max_pages, runs).bit_length() + 1
-    launcher(cut_items, (1,))(
+    _cut_launch(page_size, kinds, runs, max_items, fewest_pages, steps)(
+        (1, 1, 1),
         tables.runs, tables.items, tables.item_start, tables.hot_items, batch, runs, max_items,
         wave,
-        PAGE=page_size, KP=kinds, BP=triton.next_power_of_2(runs),
+    )  # fmt: skip
+
+
+@cache
+def _sort_launch(page_size: int, kinds: int) -> Launch:
+    return Launch(sort_pages, PAGE=page_size, KP=kinds, BLOCK=PAGES_AT_ONCE, num_warps=SORT_WARPS)
+
+
+@cache
+def _cut_launch(
+    page_size: int, kinds: int, runs: int, max_items: int, fewest_pages: int, steps: int
+) -> Launch:
+    return Launch(
+        cut_items, PAGE=page_size, KP=kinds, BP=triton.next_power_of_2(runs),
         ITEMS=triton.next_power_of_2(max_items), FEWEST=fewest_pages, STEPS=steps,
         num_warps=CUT_WARPS,
     )  # fmt: skip

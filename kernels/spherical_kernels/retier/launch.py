@@ -15,7 +15,7 @@ import triton
 
 from ..codec.pages import GAUSSIAN_STEP
 from ..codec.slices import SliceLayout
-from ..device import has_ptx, launcher
+from ..device import Launch, has_ptx
 from .kernel import place_slices, reencode_slices
 
 SIDES = 0, 1  # keys, values
@@ -118,18 +118,32 @@ def reencode_pages(
         count = min(at_once, len(pages) - first)
         splits = min(count, -(-tuning.programs // slices))
         for which in SIDES:
-            launcher(reencode_slices, (slices, splits))(
+            _code_launch(old[which], new[which], which, columns, tuning, has_ptx(arena.device))(
+                (slices, splits, 1),
                 arena, page_blocks, pages, old_places, turns.matrices, turns.scales, scratch[which],
-                first, count, block_bytes, SIDE=which, H=columns, STAGES=tuning.stages,
-                PTX=has_ptx(arena.device), **kernel_constants(old[which], new[which]),
-                num_warps=tuning.warps, maxnreg=tuning.registers,
+                first, count, block_bytes,
             )  # fmt: skip
         for which in SIDES:
-            size = new[which].size_bytes
-            launcher(place_slices, (slices, count))(
+            _place_launch(new[which].size_bytes, which, columns)(
+                (slices, count, 1),
                 arena, page_blocks, pages, new_places, scratch[which], first, block_bytes,
-                SIDE=which, H=columns, SIZE=size, BLOCK=int(triton.next_power_of_2(size // 8)),
             )  # fmt: skip
+
+
+@cache
+def _code_launch(
+    old: SliceLayout, new: SliceLayout, side: int, columns: int, tuning: Tuning, ptx: bool
+) -> Launch:
+    return Launch(
+        reencode_slices, SIDE=side, H=columns, STAGES=tuning.stages, PTX=ptx,
+        **kernel_constants(old, new), num_warps=tuning.warps, maxnreg=tuning.registers,
+    )  # fmt: skip
+
+
+@cache
+def _place_launch(size: int, side: int, columns: int) -> Launch:
+    block = int(triton.next_power_of_2(size // 8))
+    return Launch(place_slices, SIDE=side, H=columns, SIZE=size, BLOCK=block)
 
 
 @cache
