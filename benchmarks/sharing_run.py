@@ -26,7 +26,6 @@ import argparse
 import asyncio
 import json
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
