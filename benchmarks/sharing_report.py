@@ -1,6 +1,8 @@
 """Tables and plots of `prefix_sharing.py` and `multi_turn.py`.
 
-usage: python benchmarks/sharing_report.py RESULT.json [--plot OUT.png]
+usage: python benchmarks/sharing_report.py RESULT.json ... [--json OUT] [--plot OUT.png]
+
+Several results are joined, as of servers that ran side by side, each on a GPU of its own.
 """
 
 from __future__ import annotations
@@ -100,13 +102,34 @@ def _stack(axis: Any, found: dict[str, Any], workload: str) -> None:
     axis.legend(fontsize=8, loc="upper left")
 
 
+def join(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Results of one benchmark with the same settings as one: rows and tiers after each other.
+
+    Raises ValueError where the settings differ.
+    """
+    first = results[0]
+    for other in results[1:]:
+        if other["settings"] != first["settings"] or other["model"] != first["model"]:
+            raise ValueError(f"{other['run_id']}: its settings are not those of {first['run_id']}")
+    if len(results) == 1:
+        return first
+    lists = {key: [x for found in results for x in found[key]] for key in ("rows", "tiers")}
+    return {**first, "command": [found["command"] for found in results], **lists}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("result", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--json", type=Path, help="the joined results")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    found = json.loads(args.result.read_text())
+    try:
+        found = join([json.loads(path.read_text()) for path in args.results])
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     print(table(found["rows"]))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
     if args.plot:
         plot(found, args.plot)
 
