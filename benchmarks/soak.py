@@ -135,7 +135,8 @@ class Soak:
 async def run(url: str, requests: int, seconds: float, at_once: int, seed: int) -> Soak:
     """Sends `requests` requests, or as many as fit in `seconds`, `at_once` of them at a time."""
     timeout = aiohttp.ClientTimeout(total=1800)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
+    connector = aiohttp.TCPConnector(force_close=True)  # the server closes idle ones itself
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         soak, started, sent = Soak(url, session, seed), time.monotonic(), 0
         with tqdm(total=requests, unit="request") as progress:
             while sent < requests or time.monotonic() - started < seconds:

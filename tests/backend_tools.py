@@ -16,7 +16,7 @@ from spherical_kernels.testing import poison
 
 PAGE, DIM = (32, 64) if torch.cuda.is_available() else (16, 32)  # a GPU serves nothing smaller
 LAYERS, HEADS, GROUP = 2, 2, 2
-LONGEST = 200
+LONGEST = 13 * PAGE
 
 
 class Prompt:
