@@ -37,10 +37,11 @@ class Launch:
             self._kernel.warmup(*args, grid=grid, **self.constants)
         elif isinstance(self._kernel, triton.JITFunction):
             look = driver.active.get_current_device(), *map(_look, args)
-            if look in self._binaries:
-                self._binaries[look][grid](*args, *self._last)
-            else:
+            binary = self._binaries.get(look)
+            if binary is None:
                 self._binaries[look] = self._kernel[grid](*args, **self.constants)
+            else:
+                binary[grid](*args, *self._last)
         else:  # interpreted
             self._kernel[grid](*args, **self.constants)
 
@@ -51,13 +52,15 @@ class Launch:
         return tuple(self.constants[name] for name in names if name in self.constants)
 
 
-def _look(argument: torch.Tensor | int | float) -> tuple[Any, ...]:
+def _look(argument: torch.Tensor | int | float) -> tuple[torch.dtype, int] | int | None:
     """All that Triton may specialise a binary on."""
     if isinstance(argument, torch.Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, argument.bit_length() > 31
-    return ()
+        return argument.dtype, argument.data_ptr() & 15
+    if isinstance(argument, float):
+        return None
+    if argument == 1 or argument.bit_length() > 31:
+        return argument
+    return -16 if argument & 15 else 0
 
 
 @contextmanager

@@ -111,6 +111,8 @@ class SphericalAttnBackend(AttentionBackend):
     def _observe(
         self, layer: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, forward_batch: Any
     ) -> None:
+        if not self.pool.learns(layer):
+            return
         loc, page_size = forward_batch.out_cache_loc[: len(k)], self.pool.page_size
 
         def older_pages() -> torch.Tensor:

@@ -13,7 +13,6 @@ import torch
 
 from sglang_spherical.attention.decode_plan import DecodeTables
 from sglang_spherical.pool.kv_pool import SphericalKVPool
-from spherical_kernels.codec.frames import LayerFrames
 from spherical_kernels.decode.launch import LARGE_BATCH
 from spherical_kernels.device import compiling
 from spherical_kernels.encode.launch import SMALL_TOKENS, encode_tokens
@@ -56,7 +55,6 @@ def _decode(
 
 def _extend(pool: SphericalKVPool, q_heads: int, dtype: torch.dtype) -> None:
     layout, arena = pool.layout, pool.arena
-    frames = LayerFrames(*pool.frames.of_layer(0))
     entries = torch.empty(layout.kv_heads, 1, 2, dtype=torch.int64, device=arena.device)
     for tokens in (1, SMALL_TOKENS + 1):
         q, k, v = (
@@ -75,7 +73,7 @@ def _extend(pool: SphericalKVPool, q_heads: int, dtype: torch.dtype) -> None:
             work = ExtendWorkspace.allocate(
                 tables, arena.kinds, q_heads, layout.kv_heads, arena.device, tuning
             )
-            run_extend(tables, q, k, v, arena.bytes, entries, frames, 0.5, work)
+            run_extend(tables, q, k, v, arena.bytes, entries, pool.layer_frames[0], 0.5, work)
 
 
 def _tables(

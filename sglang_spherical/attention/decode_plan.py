@@ -8,7 +8,6 @@ from functools import cache
 import torch
 
 from sglang_spherical.pool.kv_pool import SphericalKVPool
-from spherical_kernels.codec.frames import LayerFrames
 from spherical_kernels.decode.launch import (
     DecodeWorkspace,
     LayerPages,
@@ -46,7 +45,6 @@ class DecodeTables:
             LayerPages(arena.bytes, arena.page_blocks, arena.places[:, layer], layout.block_bytes)
             for layer in range(layout.layers)
         ]
-        self.frames = [LayerFrames(*pool.frames.of_layer(i)) for i in range(layout.layers)]
         self.of_batch = cache(self._of_batch)
 
     def _items_of(self, batch: int) -> int:
@@ -69,8 +67,9 @@ class DecodeTables:
         contiguous. after_encode: whether the step's tokens were coded just before."""
         out, batch = torch.empty(q.shape, dtype=q.dtype, device=q.device), len(q)
         run_decode(
-            self.of_batch(batch), self.pool.arena.kinds, q, self.layers[layer], self.frames[layer],
-            scale, self.workspace, out, self.lse[:batch], after_encode=after_encode,
+            self.of_batch(batch), self.pool.arena.kinds, q, self.layers[layer],
+            self.pool.layer_frames[layer], scale, self.workspace, out, self.lse[:batch],
+            after_encode=after_encode,
         )  # fmt: skip
         return out
 

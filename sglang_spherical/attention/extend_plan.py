@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from sglang_spherical.pool.kv_pool import SphericalKVPool
-from spherical_kernels.codec.frames import LayerFrames
 from spherical_kernels.extend.launch import (
     MULTIPROCESSORS,
     ExtendWorkspace,
@@ -51,7 +50,7 @@ class ExtendPlan:
         arena = self.pool.arena
         out, _ = run_extend(
             self.tables, q, k, v, arena.bytes, self._entries_of(layer),
-            LayerFrames(*self.pool.frames.of_layer(layer)), scale, self.workspace,
+            self.pool.layer_frames[layer], scale, self.workspace,
         )  # fmt: skip
         return out
 

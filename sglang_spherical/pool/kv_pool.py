@@ -19,6 +19,7 @@ from sglang_spherical.pool.frames import Frames
 from sglang_spherical.pool.layout import PageLayout
 from sglang_spherical.pool.order import DeviceOrder
 from sglang_spherical.pool.retier import lower_pages, recentre_pages
+from spherical_kernels.codec.frames import LayerFrames
 from spherical_kernels.codec.pages import code_directions
 from spherical_kernels.codec.slices import pack_digits
 from spherical_kernels.encode.launch import encode_tokens, rotation_signs
@@ -32,6 +33,7 @@ class SphericalKVPool(KVCache):
     learning  whether the frames learn from prefills: not from those that only warm up or capture
     kernels   whether GPU kernels do the work; on a CPU their references do
     levels_seen  levels that a page may have been given since the last flush
+    layer_frames  what reading takes, by layer
     """
 
     def __init__(
@@ -68,6 +70,11 @@ class SphericalKVPool(KVCache):
             layout.layers, layout.kv_heads, layout.head_dim, layout.page_size, device
         )
         self.kernels = self.arena.device.type == "cuda"
+        # by layer, made once: a forward pass asks for them in every layer
+        self.layer_frames = [LayerFrames(*self.frames.of_layer(i)) for i in range(layout.layers)]
+        self._hot_places = self.arena.places[0].unbind()
+        self._centres = self.frames.centre.unbind(1)
+        self._hot_slices = layout.side_layouts(0)[0]
         self.signs = rotation_signs(self.frames.rotation)
         self.levels_seen = {0}
         self.order = DeviceOrder()
@@ -101,8 +108,8 @@ class SphericalKVPool(KVCache):
         if self.kernels:
             encode_tokens(
                 self.arena.bytes, self.arena.page_blocks, loc, cache_k, cache_v,
-                self.arena.places[0, index], self.frames.centre[:, index], self.signs,
-                self.layout.block_bytes, self.layout.side_layouts(0)[0],
+                self._hot_places[index], self._centres[index], self.signs,
+                self.layout.block_bytes, self._hot_slices,
             )  # fmt: skip
             return
         pages, tokens = loc // self.page_size, loc % self.page_size
@@ -115,6 +122,11 @@ class SphericalKVPool(KVCache):
             self.arena.write_tokens(
                 slices, addresses[..., side], tokens, rows, radii.squeeze(-1).half()
             )
+
+    def learns(self, layer: Any) -> bool:
+        """Whether a prefill has anything to tell of a layer."""
+        known = self.frames.calibrated and self.frames.centred[layer.layer_id - self.start_layer]
+        return self.learning and not known
 
     def observe(
         self,
@@ -129,7 +141,7 @@ class SphericalKVPool(KVCache):
 
         pages_in_use  ids int64 [n] of pages that hold anything, asked once per layer
         """
-        if not self.learning:
+        if not self.learns(layer):
             return
         index = layer.layer_id - self.start_layer
         centre = self.frames.new_centre(index, k, v, positions)

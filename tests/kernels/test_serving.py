@@ -11,8 +11,8 @@ from spherical_kernels.testing import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# float16 operands in the kernels: 2**-12 of queries and weights, on logits of about 1. Hot codes may
-# differ by one where a value lies between two.
+# float16 operands in the kernels: 2**-12 of queries and weights, on logits of about 1. Hot codes
+# may differ by one where a value lies between two.
 MAX, RMS = 4e-2, 6e-3
 
 

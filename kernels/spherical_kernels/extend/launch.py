@@ -74,6 +74,23 @@ def tuning_for(head_dim: int) -> Tuning:
 
 
 @dataclass(frozen=True)
+class PageReads:
+    """The reads of all pages of one kind.
+
+    launch          of extend_pages
+    order           0: the earliest of all; 1: the first of its frame; 2: joins the others of it
+    framed, scales, partial, lse  its parts of the workspace's
+    """
+
+    launch: Launch
+    order: int
+    framed: torch.Tensor
+    scales: torch.Tensor
+    partial: torch.Tensor
+    lse: torch.Tensor
+
+
+@dataclass(frozen=True)
 class ExtendWorkspace:
     """What is the same for all layers of a forward pass: what launches are specialised on, and the
     memory between them.
@@ -85,10 +102,9 @@ class ExtendWorkspace:
     partial  float32 [planes, items, kv_heads, tile_rows, columns], of every item, in its frame
     lse      float32 [planes, items, kv_heads, tile_rows], base 2, q.centre left out
     present  kinds that are read, four bits each, the first in the lowest
-    frame    of frame_rows
-    pages    of every kind that is read: its frame among planes, its place in the order of launches,
-             and its launch of extend_pages
-    finish   of finish_rows
+    frame    the launch of frame_rows
+    pages    of every kind that is read
+    finish   the launch of finish_rows
     """
 
     planes: tuple[int, ...]
@@ -99,7 +115,7 @@ class ExtendWorkspace:
     lse: torch.Tensor
     present: int
     frame: Launch
-    pages: tuple[tuple[int, int, Launch], ...]
+    pages: tuple[PageReads, ...]
     finish: Launch
 
     @classmethod
@@ -119,25 +135,25 @@ class ExtendWorkspace:
         rows, columns, items = tables.tokens * group, columns_of(d), len(tables.items)
         pdl, ptx = has_dependent_launch(device), has_ptx(device)
         f32: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        present = len(plane_of), kv_heads, rows
+        framed = torch.empty(*present, columns, dtype=torch.float16, device=device)
+        scales = torch.empty(present, **f32)
+        partial = torch.empty(len(planes), items, kv_heads, tables.tile_rows, columns, **f32)
+        lse = torch.empty(len(planes), items, kv_heads, tables.tile_rows, **f32)
         pages, started = [], set[int]()
         for i, (kind, plane) in enumerate(plane_of.items()):
-            order = 2 if plane in started else min(i, 1)
+            order, place = 2 if plane in started else min(i, 1), planes.index(plane)
             launch = _page_launch(kinds, kind, group, tables.tile_rows, tuning, ptx, pdl)
-            pages.append((planes.index(plane), order, launch))
+            mine = framed[i], scales[i], partial[place], lse[place]
+            pages.append(PageReads(launch, order, *mine))
             started.add(plane)
         few = len(tables.tiles) * kv_heads <= MULTIPROCESSORS
         return cls(
-            planes,
-            torch.empty(len(pages), kv_heads, rows, columns, dtype=torch.float16, device=device),
-            torch.empty(len(pages), kv_heads, rows, **f32),
-            torch.empty(kv_heads, rows, **f32),
-            torch.empty(len(planes), items, kv_heads, tables.tile_rows, columns, **f32),
-            torch.empty(len(planes), items, kv_heads, tables.tile_rows, **f32),
+            planes, framed, scales, torch.empty(kv_heads, rows, **f32), partial, lse,
             sum(kind << (4 * i) for i, kind in enumerate(plane_of)),
-            _frame_launch(kinds, group, pdl),
-            tuple(pages),
+            _frame_launch(kinds, group, pdl), tuple(pages),
             _finish_launch(d, few, group, tables.tile_rows, planes, pdl),
-        )
+        )  # fmt: skip
 
 
 def run_extend(
@@ -193,11 +209,12 @@ def _attend_prefix(
         kv_heads, scale * LOG2_E, work.present,
     )  # fmt: skip
     words = arena.view(torch.int32)
-    for i, (place, order, launch) in enumerate(work.pages):
-        launch(
-            (len(tables.items), kv_heads, 1),
-            words, entries, tables.items, tables.requests, tables.runs, work.framed[i],
-            work.scales[i], work.partial[place], work.lse[place], rows, entries.shape[1], order,
+    grid = len(tables.items), kv_heads, 1
+    for kind in work.pages:
+        kind.launch(
+            grid,
+            words, entries, tables.items, tables.requests, tables.runs, kind.framed, kind.scales,
+            kind.partial, kind.lse, rows, entries.shape[1], kind.order,
         )  # fmt: skip
 
 
