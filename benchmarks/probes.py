@@ -8,7 +8,8 @@ which is asked only what the dense one found. A haystack goes in as a request of
 pages then go to the server's budget; each question is a second request over that cached prefix. A
 reply is refused unless the prefix came from the cache and, by the server's own count of the memory
 that the request holds, was at the tier. A tier's server first reads 2,048 tokens that are in no
-haystack, from which it learns its frames.
+haystack, from which it learns its frames. On a GPU the dense server attends with FlashInfer, which
+wants --dtype bfloat16.
 
 What --json leaves:
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import sharing_run
 import simulate
-from sharing_report import plot, table
+from sharing_report import join, plot, table
 from sharing_run import Served, divergence, figures
 from sharing_workload import WORKLOADS, Limitless, Shape, Source, Workload, zipf_weights
 
@@ -265,3 +265,18 @@ def test_a_report_needs_no_server(tmp_path: Path) -> None:
     assert "0.0123" in lines[2] and "–" in lines[3]
     plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_servers_that_ran_side_by_side_are_joined() -> None:
+    def result(server: str, tokens: int = 8) -> dict[str, object]:
+        return {
+            "command": f"python {server}", "run_id": server, "model": "tiny",
+            "settings": {"pool_tokens": tokens}, "rows": [{"server": server}], "tiers": [],
+        }  # fmt: skip
+
+    joined = join([result("spherical"), result("bf16")])
+    assert [row["server"] for row in joined["rows"]] == ["spherical", "bf16"]
+    assert joined["command"] == ["python spherical", "python bf16"]
+    assert join([result("bf16")]) == result("bf16")
+    with pytest.raises(ValueError, match="bf16: its settings are not those of spherical"):
+        join([result("spherical"), result("bf16", tokens=9)])
