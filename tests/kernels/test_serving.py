@@ -92,3 +92,26 @@ def test_a_graph_s_tables_serve_smaller_batches_too() -> None:
     pair.extend((1, 70), (2, 15))
     pair.decode(1, 2, padding=2)
     pair.decode(2)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_what_is_read_hot_does_not_feel_pressure(kernels: bool) -> None:
+    """Bit for bit the same, whatever happens to the pages of others between the steps."""
+    outs = []
+    for pressure in (False, True):
+        runner = Runner(kernels=kernels, device=DEVICE if kernels else "cpu")
+        allocator, mine, other = runner.allocator, Prompt(1, 1), Prompt(2, 2)
+        runner.extend((mine, 4 * PAGE + 3))  # long enough to set the centres
+        if pressure:
+            runner.extend((other, 4 * PAGE))
+        pages = runner.pages(other)
+        for level in (1, 2, None):
+            if pressure and level is not None:
+                allocator.lower(pages[level:], level - 1, level)
+            elif pressure:
+                for last, some in enumerate(pages.tensor_split([1, 2])):
+                    allocator.free_at_level(some, last)
+                runner.extend((Prompt(3, 3), 4 * PAGE))  # on the blocks that were given back
+            outs += runner.decode(mine)
+    calm, pressed = outs[: len(outs) // 2], outs[len(outs) // 2 :]
+    assert all(torch.equal(*pair) for pair in zip(calm, pressed, strict=True))
