@@ -13,28 +13,14 @@ import sys
 SCRIPT = """
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
 import spherical_kernels.device as device
 
 device.has_ptx = device.has_dependent_launch = lambda _: True
 
 
-class Driver:
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, _):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-
 import backend_tools
+import fake_gpu
 from backend_tools import GROUP, HEADS, Prompt, Runner
 from sglang_spherical.attention.compile_ahead import compile_kernels
 from spherical_kernels.decode import ends, kernel
@@ -50,7 +36,7 @@ KERNELS = (
 )
 
 
-triton.runtime.driver.set_active(Driver())
+fake_gpu.use()
 
 
 def compiled():

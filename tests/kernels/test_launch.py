@@ -12,54 +12,14 @@ import sys
 from pathlib import Path
 
 SCRIPT = """
-from types import SimpleNamespace
-
+import fake_gpu
 import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
 
 from spherical_kernels.device import Launch
 
-launched = []
-
-
-def launcher_of(source, metadata):
-    def launch(*arguments):
-        grid, function, rest = arguments[:3], arguments[4], arguments[9:]
-        launched.append((grid, function, [getattr(x, "data_ptr", lambda x=x: x)() for x in rest]))
-
-    return launch
-
-
-binaries = []
-
-
-def load_binary(name, kernel, shared, device):
-    binaries.append(name)
-    return "module", len(binaries), 0, 0, 1024
-
-
-class Driver:
-    launcher_cls = staticmethod(launcher_of)
-    utils = SimpleNamespace(
-        load_binary=load_binary, get_device_properties=lambda _: {"max_shared_mem": 1 << 17}
-    )
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, _):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-
-triton.runtime.driver.set_active(Driver())
+launched = fake_gpu.use().launched
 
 
 @triton.jit
