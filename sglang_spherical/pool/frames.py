@@ -14,7 +14,7 @@ import torch
 
 from sglang_spherical.pool.arena import KEYS, VALUES
 from sglang_spherical.pool.layout import SIDES
-from spherical_kernels.codec.frames import calibrated_frame, signed_hadamard
+from spherical_kernels.codec.frames import LayerFrames, calibrated_frame, signed_hadamard
 from spherical_kernels.codec.patterns import FrameKind
 from spherical_kernels.retier.launch import Turns
 
@@ -113,12 +113,11 @@ class Frames:
             return self.rotation.expand(self.centre.shape[2], -1, -1)
         return self.dual[side, layer]
 
-    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What reading a layer's codes takes, as views: B of keys and of values [2 (hot,
-        calibrated), kv_heads, d, d], centre of keys and of values [kv_heads, d]."""
+    def of_layer(self, layer: int) -> LayerFrames:
+        """What reading a layer's codes takes, as views."""
         keys, values = self.by_frame[:, layer]
         key_centre, value_centre = self.centre[:, layer]
-        return keys, values, key_centre, value_centre
+        return LayerFrames(keys, values, key_centre, value_centre)
 
     def matrices(self, kind: FrameKind, layer: int, side: int) -> torch.Tensor:
         """A of a layer's heads: [kv_heads, d, d]."""

@@ -19,7 +19,6 @@ from sglang_spherical.pool.frames import Frames
 from sglang_spherical.pool.layout import PageLayout
 from sglang_spherical.pool.order import DeviceOrder
 from sglang_spherical.pool.retier import lower_pages, recentre_pages
-from spherical_kernels.codec.frames import LayerFrames
 from spherical_kernels.codec.pages import code_directions
 from spherical_kernels.codec.slices import pack_digits
 from spherical_kernels.encode.launch import encode_tokens, rotation_signs
@@ -71,7 +70,7 @@ class SphericalKVPool(KVCache):
         )
         self.kernels = self.arena.device.type == "cuda"
         # by layer, made once: a forward pass asks for them in every layer
-        self.layer_frames = [LayerFrames(*self.frames.of_layer(i)) for i in range(layout.layers)]
+        self.layer_frames = [self.frames.of_layer(i) for i in range(layout.layers)]
         self._hot_places = self.arena.places[0].unbind()
         self._centres = self.frames.centre.unbind(1)
         self._hot_slices = layout.side_layouts(0)[0]
