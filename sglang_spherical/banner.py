@@ -22,7 +22,9 @@ class Banner:
     page_size: int  # tokens
     hot: float  # resident bytes per token at each tier: codes, radii, centroids, tables, padding
     warm: float
+    cool: float
     cold: float
+    frozen: float
     bf16: float  # what the same token takes in SGLang's bf16 cache
     capacity_tokens: int  # if all of them were hot
     arena_bytes: int
@@ -32,7 +34,8 @@ class Banner:
         return (
             f"{PREFIX} pool={self.pool} allocator={self.allocator} tree={self.tree} "
             f"backend={self.backend} page_size={self.page_size} kv_bytes_per_token "
-            f"hot={self.hot!r} warm={self.warm!r} cold={self.cold!r} bf16={self.bf16!r} "
+            f"hot={self.hot!r} warm={self.warm!r} cool={self.cool!r} cold={self.cold!r} "
+            f"frozen={self.frozen!r} bf16={self.bf16!r} "
             f"capacity_tokens={self.capacity_tokens} arena_bytes={self.arena_bytes}"
         )
 
@@ -56,7 +59,9 @@ def parse(log: str) -> Banner | None:
             page_size=int(fields["page_size"]),
             hot=float(fields["hot"]),
             warm=float(fields["warm"]),
+            cool=float(fields["cool"]),
             cold=float(fields["cold"]),
+            frozen=float(fields["frozen"]),
             bf16=float(fields["bf16"]),
             capacity_tokens=int(fields["capacity_tokens"]),
             arena_bytes=int(fields["arena_bytes"]),

@@ -18,7 +18,9 @@ BANNERS = st.builds(
     page_size=COUNTS,
     hot=SIZES,
     warm=SIZES,
+    cool=SIZES,
     cold=SIZES,
+    frozen=SIZES,
     bf16=SIZES,
     capacity_tokens=COUNTS,
     arena_bytes=COUNTS,
@@ -37,10 +39,11 @@ def test_found_inside_a_log(banner: Banner) -> None:
 
 
 def test_the_line_reads_as_documented() -> None:
-    banner = Banner("Pool", "Allocator", "Tree", "Backend", 64, 10.5, 6.0, 4.0, 20.0, 16384, 4096)
+    parts = "Pool", "Allocator", "Tree", "Backend"
+    banner = Banner(*parts, 64, 10.5, 6.0, 5.0, 4.0, 3.5, 20.0, 16384, 4096)
     assert banner.format() == (
         "spherical KV engaged: pool=Pool allocator=Allocator tree=Tree backend=Backend "
-        "page_size=64 kv_bytes_per_token hot=10.5 warm=6.0 cold=4.0 bf16=20.0 "
+        "page_size=64 kv_bytes_per_token hot=10.5 warm=6.0 cool=5.0 cold=4.0 frozen=3.5 bf16=20.0 "
         "capacity_tokens=16384 arena_bytes=4096"
     )
 
