@@ -6,7 +6,13 @@ A safetensors file with, for all layers and KV heads of the whole model,
     spread  float32 [2, layers, kv_heads, d]   rms of keys and values around their page's mean
     gain    float32 [layers, kv_heads, d]      rms of the queries that a KV head serves
 
-and in its metadata the format's version, the identity of the model, the page size, a checksum.
+and, where gradients were measured too (`evaluation.gradients`),
+
+    distortion  float32 [2, layers, kv_heads, choices]  expected divergence per token, in nats, of
+                                                        each pattern of `CHOICES`
+
+and in its metadata the format's version, the identity of the model, the page size, the names of the
+patterns that distortions are of, a checksum.
 """
 
 from __future__ import annotations
@@ -23,13 +29,29 @@ from typing import Any
 import torch
 
 from sglang_spherical.errors import StartupError
+from spherical_kernels.codec.patterns import FrameKind, Pattern
 
 FORMAT = "sglang-spherical-frames"
-VERSION = "1"
+VERSION = "2"
 SAMPLE_VALUES = 512
 """Values of each of the first layer's tensors that go into a model's identity."""
 
-_TENSORS = ("centre", "spread", "gain")
+
+def _patterns(*bits: tuple[int, ...]) -> tuple[Pattern, ...]:
+    return tuple(Pattern(FrameKind.CALIBRATED, its) for its in bits)
+
+
+CHOICES = (
+    _patterns((6, 4, 4, 2), (4, 4, 2, 2), (4, 2, 2, 2), (4, 2, 2, 0)),
+    _patterns((4, 4, 4, 4), (4, 4, 2, 2), (4, 2, 2, 2), (2, 2, 2, 2)),
+)
+"""Patterns of keys and of values that a (layer, KV head) may choose among, in the file's order.
+
+Values may not do without a band, nor keys have 2 bits in all: errors that are alike from token to
+token add up, and distortions take them as independent (docs/format.md)."""
+
+_TENSORS = ("centre", "spread", "gain", "distortion")
+_CHOICE_NAMES = json.dumps([[pattern.name for pattern in side] for side in CHOICES])
 _FIRST_LAYER = re.compile(r"\D*\.0\..*weight$")
 _REMEDY = (
     "make it with `python -m sglang_spherical calibrate --model DIR --out FILE`, or leave the file "
@@ -39,12 +61,16 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class FrameStatistics:
-    """What a calibration file holds, or the part of it that a rank needs; shapes as in the file."""
+    """What a calibration file holds, or the part of it that a rank needs; shapes as in the file.
+
+    distortion  None where no gradients were measured: all heads of a level then have one pattern
+    """
 
     centre: torch.Tensor
     spread: torch.Tensor
     gain: torch.Tensor
     page_size: int
+    distortion: torch.Tensor | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -57,6 +83,7 @@ class FrameStatistics:
             self.spread[:, layers, heads],
             self.gain[layers, heads],
             self.page_size,
+            None if self.distortion is None else self.distortion[:, layers, heads],
         )
 
 
@@ -123,7 +150,8 @@ def _weights_sample(model: Path) -> str:
     digest = hashlib.sha256()
     samples: dict[str, torch.Tensor] = {}
     for path in sorted(model.glob("*.safetensors")):
-        with safe_open(path, "pt") as weights:
+        # Tensors of slices are made on the default device, which need not be where hashes are.
+        with safe_open(path, "pt") as weights, torch.device("cpu"):
             for name in filter(_FIRST_LAYER.match, weights.keys()):
                 values = weights.get_slice(name)
                 rows = -(-SAMPLE_VALUES // max(1, math.prod(values.get_shape()[1:])))
@@ -138,7 +166,8 @@ def save(path: Path, statistics: FrameStatistics, identity: dict[str, Any]) -> N
     """Writes a calibration file of the model `identity`; statistics of all its layers and heads."""
     from safetensors.torch import save as serialise
 
-    tensors = {name: getattr(statistics, name).float().contiguous() for name in _TENSORS}
+    held = {name: getattr(statistics, name) for name in _TENSORS}
+    tensors = {name: x.float().cpu().contiguous() for name, x in held.items() if x is not None}
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -146,6 +175,8 @@ def save(path: Path, statistics: FrameStatistics, identity: dict[str, Any]) -> N
         "page_size": str(statistics.page_size),
         "checksum": _checksum(tensors),
     }
+    if "distortion" in tensors:
+        metadata["patterns"] = _CHOICE_NAMES
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(serialise(tensors, metadata))
@@ -156,7 +187,7 @@ def load(path: Path, identity: dict[str, Any]) -> FrameStatistics:
     """Reads a calibration file of the model `identity`.
 
     Raises StartupError, naming the file and the remedy, when it is missing, cut short or damaged,
-    of another version or made for another model.
+    of another version, made for another model, or its distortions are of other patterns.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -196,6 +227,12 @@ def _check(
                 f"frames file {path}: made for another model, with {name} {made_for.get(name)} "
                 f"where this one has {value}: {_REMEDY}"
             )
+    found = metadata.get("patterns")
+    if "distortion" in tensors and found != _CHOICE_NAMES:
+        raise StartupError(
+            f"frames file {path}: its distortions are of the patterns {found}, this release "
+            f"chooses among {_CHOICE_NAMES}: {_REMEDY}"
+        )
 
 
 def _checksum(tensors: dict[str, torch.Tensor]) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sglang_spherical import frame_file
+from sglang_spherical import cli, frame_file
+from sglang_spherical.calibrate import TEXT
 from sglang_spherical.errors import StartupError
-from sglang_spherical.frame_file import FrameStatistics, rank_heads
+from sglang_spherical.evaluation import inputs
+from sglang_spherical.frame_file import CHOICES, FrameStatistics, rank_heads
 from sglang_spherical.pool.frames import Frames
 
 LAYERS, KV_HEADS, HEAD_DIM = 3, 4, 64
@@ -41,6 +44,51 @@ def test_what_is_saved_is_loaded(saved: Path, statistics: FrameStatistics) -> No
     assert torch.equal(loaded.spread, statistics.spread)
     assert torch.equal(loaded.gain, statistics.gain)
     assert loaded.page_size == 64
+    assert loaded.distortion is None and loaded.part(slice(1), slice(1)).distortion is None
+
+
+@pytest.fixture
+def measured(saved: Path, statistics: FrameStatistics) -> FrameStatistics:
+    """The statistics with distortions, and `saved` with them."""
+    shape = (2, LAYERS, KV_HEADS, len(CHOICES[0]))
+    distortion = torch.rand(shape, generator=torch.Generator().manual_seed(2))
+    whole = replace(statistics, distortion=distortion)
+    frame_file.save(saved, replace(whole, distortion=distortion.double()), IDENTITY)
+    return whole
+
+
+def test_distortions_are_loaded_with_the_rest(saved: Path, measured: FrameStatistics) -> None:
+    loaded = frame_file.load(saved, IDENTITY)
+    assert loaded.distortion is not None and loaded.distortion.dtype == torch.float32
+    assert measured.distortion is not None
+    assert torch.equal(loaded.distortion, measured.distortion)
+    assert torch.equal(loaded.spread, measured.spread)
+    part = loaded.part(slice(1, 3), slice(2, 4)).distortion
+    assert part is not None
+    assert torch.equal(part, measured.distortion[:, 1:3, 2:4])
+
+
+@pytest.mark.usefixtures("measured")
+def test_distortions_of_other_patterns_are_refused(saved: Path) -> None:
+    tensors = load_file(saved)
+    with safe_open(saved, "pt") as file:
+        named = file.metadata()["patterns"]
+    assert json.loads(named) == [[pattern.name for pattern in side] for side in CHOICES]
+    others = '[["4-4-4-4"], ["4-4-4-4"]]'
+    resave(saved, tensors, patterns=others)
+    message = refusal(saved)
+    assert f"its distortions are of the patterns {others}, this release chooses among" in message
+    assert named in message
+    resave(saved, tensors, patterns="")
+    assert "its distortions are of the patterns" in refusal(saved)
+
+
+@pytest.mark.usefixtures("measured")
+def test_damaged_distortions_are_refused(saved: Path) -> None:
+    tensors = load_file(saved)
+    tensors["distortion"][1, 0, 0, 0] += 1
+    resave(saved, tensors)
+    assert "damaged" in refusal(saved)
 
 
 def resave(path: Path, tensors: dict[str, torch.Tensor], **changes: str) -> None:
@@ -76,9 +124,10 @@ def test_a_flipped_bit_is_refused(saved: Path) -> None:
     assert "damaged" in refusal(saved)
 
 
-def test_another_version_is_refused(saved: Path) -> None:
-    resave(saved, load_file(saved), version="2")
-    assert "version 2" in refusal(saved)
+@pytest.mark.parametrize("version", ["1", "3"])
+def test_another_version_is_refused(saved: Path, version: str) -> None:
+    resave(saved, load_file(saved), version=version)
+    assert f"version {version} of the format, this release reads version 2" in refusal(saved)
 
 
 def test_another_safetensors_file_is_refused(saved: Path) -> None:
@@ -180,6 +229,13 @@ def test_identity_survives_copies_and_spellings(tmp_path: Path) -> None:
     assert first["kv_heads"] == 4 and first["head_dim"] == 64
 
 
+def test_identity_is_the_same_whatever_device_is_worked_on(tmp_path: Path) -> None:
+    directory = model_directory(tmp_path / "a", CONFIG, torch.randn(64, 256).bfloat16())
+    known = frame_file.model_identity(directory)
+    with torch.device("meta"):
+        assert frame_file.model_identity(directory) == known
+
+
 def test_identity_tells_a_fine_tune(tmp_path: Path) -> None:
     weights = torch.randn(64, 256).bfloat16()
     base = frame_file.model_identity(model_directory(tmp_path / "a", CONFIG, weights))
@@ -196,25 +252,98 @@ def test_a_path_that_exists_is_the_local_model(tmp_path: Path) -> None:
     assert frame_file.local_model(str(tmp_path)) == tmp_path
 
 
-def test_calibrate_writes_a_file_of_the_model(tiny_model: Path, tmp_path: Path) -> None:
-    from sglang_spherical import cli
+def calibrate(model: Path, out: Path, *options: str) -> int:
+    return cli.main(["calibrate", "--model", str(model), "--out", str(out), *options])
 
+
+@pytest.fixture
+def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "WINDOW_TOKENS", 256)
+
+
+def test_calibrate_writes_a_file_of_the_model(tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "frames.safetensors"
-    options = ["calibrate", "--model", str(tiny_model), "--out", str(out), "--windows", "1"]
-    assert cli.main(options) == 0
+    assert calibrate(tiny_model, out, "--windows", "1", "--gradient-windows", "0") == 0
     known = frame_file.load(out, frame_file.model_identity(tiny_model))
     assert known.centre.shape == (2, 4, 2, 64) and known.gain.shape == (4, 2, 64)
     assert out.stat().st_size < 64 * 1024
     assert bool((known.spread > 0).all()) and bool((known.gain > 0).all())
+    assert known.distortion is None
+
+
+@pytest.mark.usefixtures("short_windows")
+@pytest.mark.parametrize("options", [[], ["--gradient-windows", "2", "--page-size", "32"]])
+def test_calibrate_measures_every_pattern_of_every_slice(
+    tiny_model: Path, tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "frames.safetensors"
+    assert calibrate(tiny_model, out, "--windows", "2", *options) == 0
+    tokens = 512 if options else "1,024"
+    assert f"from 512 tokens, gradients from {tokens}" in capsys.readouterr().out
+    found = frame_file.load(out, frame_file.model_identity(tiny_model)).distortion
+    assert found is not None and found.shape == (2, 4, 2, len(CHOICES[0]))
+    assert bool(found.isfinite().all()) and bool((found >= 0).all())
+    assert float((found.diff(dim=-1) > 0).float().mean()) > 0.8, "from fine to coarse"
+
+
+@pytest.mark.usefixtures("short_windows")
+def test_gradients_are_taken_behind_the_text_of_the_frames(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_spherical.evaluation import gradients, runner
+
+    learnt, pulled = [], []
+    learn = runner.learn_frames
+
+    def learn_frames(model: Any, frames: Frames, windows: Any) -> None:
+        learnt.append(list(windows))
+        learn(model, frames, learnt[-1])
+
+    def distortion(model: Any, coder: gradients.Coder, windows: Any) -> torch.Tensor:
+        pulled.append(list(windows))
+        return torch.ones(2, 4, 2, len(CHOICES[0]))
+
+    monkeypatch.setattr(runner, "learn_frames", learn_frames)
+    monkeypatch.setattr(gradients, "distortion", distortion)
+    every = inputs.load_windows(tiny_model, TEXT)
+    few = tmp_path / "few.txt"
+    few.write_text(TEXT.read_text(encoding="utf-8")[:3000], encoding="utf-8")
+    for options in ([], ["--text", str(few)]):
+        assert calibrate(tiny_model, tmp_path / "f", "--windows", "3", *options) == 0
+    known = inputs.load_windows(tiny_model, few)
+    assert 0 < len(known) < 4
+    assert torch.equal(torch.stack(learnt[0]), every[:3])
+    assert torch.equal(torch.stack(pulled[0]), every[-4:])
+    assert torch.equal(torch.stack(pulled[1]), known), "where there are too few: the same"
+
+
+@pytest.mark.usefixtures("short_windows")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--windows", "0"], "--windows 0: expected 1 or more"),
+        (["--gradient-windows", "-1"], "--gradient-windows -1: expected 1 or more, or 0 for none"),
+        (["--gradient-windows", "999"], "tokens: use a longer text or fewer windows"),
+        (["--device", "abacus"], "--device abacus: not usable here"),
+    ],
+)
+def test_calibrate_names_what_is_wrong(
+    tiny_model: Path,
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert calibrate(tiny_model, tmp_path / "f.safetensors", *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {' '.join(options)}:") and error.count("\n") == 1
+    assert message in error
 
 
 def test_calibrate_names_a_directory_without_a_tokenizer(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sglang_spherical import cli
-
     shutil.copy(tiny_model / "config.json", tmp_path)
-    options = ["calibrate", "--model", str(tmp_path), "--out", str(tmp_path / "f.safetensors")]
-    assert cli.main(options) == 2
+    assert calibrate(tmp_path, tmp_path / "f.safetensors") == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: --model {tmp_path}: no tokenizer") and error.count("\n") == 1
