@@ -111,7 +111,8 @@ class Batch:
         blocks = torch.arange(len(self.level), dtype=torch.int32, device="cuda").unsqueeze(1)
         size = len(self.level) * block_bytes
         arena = torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda")
-        self.pages = LayerPages(arena, blocks, places.cuda(), block_bytes)
+        kind_of = torch.arange(len(pairs), dtype=torch.int32).unsqueeze(1).repeat(1, heads)
+        self.pages = LayerPages(arena, blocks, places.cuda(), kind_of.cuda(), block_bytes)
         step = torch.tensor([0, layer_bytes], dtype=torch.int32)
         places_of = [(places + layer * step).cuda() for layer in range(layers)]
         self.layers: list[LayerPages] = []

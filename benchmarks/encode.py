@@ -95,9 +95,8 @@ class Cache:
 
     def reencode(self, old: int, pages: torch.Tensor, **options: Any) -> None:
         reencode_pages(
-            self.arena.bytes, self.arena.page_blocks, pages, self.layout.side_layouts(old),
-            self.layout.side_layouts(old + 1), self.arena.places[old],
-            self.arena.places[old + 1], self.turns, self.layout.block_bytes, **options,
+            self.arena.bytes, self.arena.page_blocks, pages, self.arena.moves(old, old + 1),
+            self.turns, self.layout.block_bytes, **options,
         )  # fmt: skip
 
 

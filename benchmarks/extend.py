@@ -98,6 +98,10 @@ class Batch:
             (slice_layout(PATTERNS[k], PAGE, d), slice_layout(PATTERNS[v], PAGE, d))
             for k, v in TIERS
         )
+        ends = torch.arange(len(self.kinds) + 1, dtype=torch.int32).unfold(
+            0, 2, 1
+        )  # level i: kind i
+        self.kind_levels = ends.unsqueeze(1).expand(-1, heads, -1).contiguous().cuda()
         pages = -(-shape.prefix // PAGE)
         self.levels = torch.full((pages,), shape.level, dtype=torch.uint8, device="cuda")
         self.levels[:1] = 0
@@ -114,7 +118,7 @@ class Batch:
         self.tables = self.tables_for(Tuning(64, 4, 3, 1))
         self.entries = self.locate()
         for kind, pair in enumerate(self.kinds):
-            at = (self.tables.page_kinds == kind).nonzero().squeeze(1)
+            at = (self.tables.page_levels == kind).nonzero().squeeze(1)
             for side, layout in enumerate(pair):
                 self._write_radii(layout, self.entries[:, at, side].flatten())
 
@@ -146,9 +150,10 @@ class Batch:
         tokens = torch.arange(len(self.levels) * PAGE, dtype=torch.int32, device="cuda")
         return build_tables(
             tokens.unsqueeze(0), torch.zeros(1, dtype=torch.int64, device="cuda"), self.levels,
-            [shape.prefix], [shape.new], page_size=PAGE, group=shape.group, kinds=len(self.kinds),
-            tile_rows=tuning.tile_rows,
+            [shape.prefix], [shape.new], page_size=PAGE, group=shape.group,
+            levels=len(self.kinds), tile_rows=tuning.tile_rows,
             most_items=MULTIPROCESSORS * tuning.programs // shape.kv_heads,
+            present=range(len(self.kinds)),
         )  # fmt: skip
 
     def runner(self, tuning: Tuning) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
@@ -159,7 +164,16 @@ class Batch:
             tables, self.kinds, heads, self.shape.kv_heads, device, tuning
         )
         return lambda: run_extend(
-            tables, self.q, self.k, self.v, self.arena, self.entries, self.frames, self.scale, work
+            tables,
+            self.q,
+            self.k,
+            self.v,
+            self.arena,
+            self.entries,
+            self.kind_levels,
+            self.frames,
+            self.scale,
+            work,
         )
 
     def expected(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,7 +191,7 @@ class Batch:
         heads = torch.arange(shape.kv_heads, device="cuda")
         for kind, pair in enumerate(self.kinds):
             frame = FRAMES.index(pair[0].pattern.frame)
-            at = (self.tables.page_kinds == kind).nonzero().squeeze(1)
+            at = (self.tables.page_levels == kind).nonzero().squeeze(1)
             for part in at.split(128):
                 row_of = heads.repeat_interleave(len(part))
                 sides = []

@@ -39,9 +39,10 @@ class Runner:
         dtype: torch.dtype = torch.float32,
         kernels: bool = False,
         device: str = "cpu",
+        unlike: bool = False,
     ) -> None:
         self.dtype, self.device = dtype, device
-        self.pool = tiny_pool(pages, device, page_size=PAGE, head_dim=DIM)
+        self.pool = tiny_pool(pages, device, unlike, page_size=PAGE, head_dim=DIM)
         self.pool.kernels = kernels
         poison(self.pool.arena.bytes)
         self.allocator = SphericalAllocator(self.pool)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang_spherical.config import SphericalConfig
+from sglang_spherical.pool.choice import choose_kinds
 from sglang_spherical.pool.kv_pool import SphericalKVPool
 from sglang_spherical.pool.layout import SIDES, PageLayout, default_levels
 from spherical_kernels.codec.frames import calibrated_frame, signed_hadamard
@@ -48,9 +49,21 @@ def tiny_layout(**changes: int) -> PageLayout:
     return PageLayout.fit(**(TINY | changes), levels=default_levels(SphericalConfig("spherical")))
 
 
-def tiny_pool(pages: int, device: str = "cpu", **changes: int) -> SphericalKVPool:
-    """A pool of `pages` hot pages, its frames neither centred nor calibrated."""
+def unlike_heads(layout: PageLayout) -> PageLayout:
+    """The same pages, with patterns that differ between (layer, KV head)s."""
+    weight = (4 * normal(layout.layers, layout.kv_heads, 1)).exp()
+    return layout.with_kinds(
+        choose_kinds(layout, weight * torch.tensor([1.0, 2.0, 4.0, 8.0]).expand(2, 1, 1, -1))
+    )
+
+
+def tiny_pool(
+    pages: int, device: str = "cpu", unlike: bool = False, **changes: int
+) -> SphericalKVPool:
+    """A pool of `pages` hot pages, its frames neither centred nor calibrated; whether `unlike`,
+    with patterns that differ between heads."""
     layout = tiny_layout(**changes)
+    layout = unlike_heads(layout) if unlike else layout
     size = pages * layout.page_size
     return SphericalKVPool(size, layout, device, False, 0, layout.layers)
 

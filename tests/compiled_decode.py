@@ -41,12 +41,12 @@ constants = kernel_constants(kinds, given["group"], tuning)
 constants |= {"PTX": True, "PDL": given["capability"] >= 90}
 types = {
     "signs": "i32", "Arena": "*i8", "Items": "*i32", "Pages": "*i32", "Blocks": "*i32",
-    "Places": "*i32",
+    "Places": "*i32", "KindOf": "*i32",
     "Parts": "*i8", "Units": "*fp32", "Out": "*fp32", "Lse": "*fp32",
 } | dict.fromkeys(
-    ("max_pages", "blocks_per_page", "block_bytes", "kind_stride", "kv_heads", "stride"), "i32"
+    ("max_pages", "blocks_per_page", "block_bytes", "level_stride", "kv_heads", "stride"), "i32"
 )
-aligned = [i for i, name in enumerate(types) if types[name] != "i32"]
+aligned = [i for i, name in enumerate(types) if types[name] != "i32" and name != "KindOf"]
 aligned.append(list(types).index("block_bytes"))
 source = ASTSource(
     fn=decode_pages,

@@ -29,9 +29,10 @@ Kinds = tuple[tuple[Pattern, Pattern], ...]
 
 
 class Case:
-    """Random pages of several kinds, in blocks of a poisoned arena.
+    """Random pages of several levels, in blocks of a poisoned arena.
 
-    tokens  of every request by kind; whole pages but of kind 0
+    tokens   of every request by level; whole pages but of level 0
+    kind_of  [levels][kv_heads], the kind of every head; at level i kind i if not given
     A page has two blocks, its keys in one and its values in the other; heads lie GAP bytes apart.
     """
 
@@ -44,8 +45,10 @@ class Case:
         group: int = 4,
         loudness: float = 1.0,
         page: int = PAGE,
+        kind_of: tuple[tuple[int, ...], ...] | None = None,
     ) -> None:
         self.page = page
+        self.kind_of = kind_of or tuple((kind,) * kv_heads for kind in range(len(kinds)))
         self.rng = torch.Generator().manual_seed(d + group)
         self.d, self.kv_heads, self.group, self.scale = d, kv_heads, group, 0.8 * d**-0.5
         self.lengths = [sum(of_request) for of_request in tokens]
@@ -61,56 +64,60 @@ class Case:
         self.levels: list[list[int]] = []
         for of_request in tokens:
             counts = [-(-n // self.page) for n in of_request]
-            order = torch.tensor([kind for kind, n in enumerate(counts) for _ in range(n)])
+            order = torch.tensor([level for level, n in enumerate(counts) for _ in range(n)])
             order = order[torch.randperm(len(order), generator=self.rng)].tolist()
             if of_request[0] % self.page:
                 order.remove(0)
                 order.append(0)
-            self.levels.append([int(kind) for kind in order])
-        self.slices = [self.encode_kind(kind) for kind in range(len(kinds))]
+            self.levels.append([int(level) for level in order])
+        self.slices = [self.encode_level(level) for level in range(len(self.kind_of))]
 
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.rng)
 
-    def pages_of(self, kind: int) -> list[tuple[int, int]]:
-        """(request, place in it) of every page of a kind."""
+    def pages_of(self, level: int) -> list[tuple[int, int]]:
+        """(request, place in it) of every page of a level."""
         return [
             (request, place)
             for request, levels in enumerate(self.levels)
-            for place, level in enumerate(levels)
-            if level == kind
+            for place, its in enumerate(levels)
+            if its == level
         ]
 
-    def encode_kind(self, kind: int) -> list[torch.Tensor]:
-        """Slices uint8 [pages * kv_heads, size_bytes] of keys and of values."""
+    def encode_level(self, level: int) -> list[list[torch.Tensor]]:
+        """Slices uint8 [pages, size_bytes] of keys and of values, by KV head."""
+        pages = len(self.pages_of(level))
         return [
-            self.encode(layout, len(self.pages_of(kind)), i)
-            for i, layout in enumerate(self.kinds[kind])
+            [
+                self.encode(self.kinds[kind][side], pages, side, head)
+                for head, kind in enumerate(self.kind_of[level])
+            ]
+            for side in range(2)
         ]
 
-    def encode(self, layout: SliceLayout, pages: int, side: int) -> torch.Tensor:
-        head = torch.arange(self.kv_heads).repeat(pages)
-        x = self.normal(len(head), self.page, self.d) + self.normal(len(head), 1, self.d)
-        centre = (self.frames.key_centre, self.frames.value_centre)[side]
-        return encode_slices(layout, x, self.matrices[layout.pattern.frame][head], centre[head])
+    def encode(self, layout: SliceLayout, pages: int, side: int, head: int) -> torch.Tensor:
+        x = self.normal(pages, self.page, self.d) + self.normal(pages, 1, self.d)
+        centre = (self.frames.key_centre, self.frames.value_centre)[side][head]
+        matrix = self.matrices[layout.pattern.frame][head]
+        return encode_slices(layout, x, matrix.expand(pages, -1, -1), centre.expand(pages, -1))
 
     def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
         q = self.q.reshape(-1, self.group, self.d) * self.scale
         state = empty_state(q)
-        for kind, ((keys, values), slices) in enumerate(zip(self.kinds, self.slices)):
-            frame = FRAMES.index(keys.pattern.frame)
-            frames = self.frames
-            sides = [
-                CodedSide(keys, slices[0], frames.key_duals[frame], frames.key_centre),
-                CodedSide(values, slices[1], frames.value_duals[frame], frames.value_centre),
-            ]
-            pages = self.pages_of(kind)
+        for level, kinds in enumerate(self.kind_of):
+            pages = self.pages_of(level)
             request = torch.tensor([page[0] for page in pages]).long()
             valid = [min(self.page, self.lengths[i] - place * self.page) for i, place in pages]
-            row_of = request.repeat_interleave(self.kv_heads) * self.kv_heads
-            row_of += torch.arange(self.kv_heads).repeat(len(pages))
-            valid = torch.tensor(valid).long().repeat_interleave(self.kv_heads)
-            state = state.merge(attend_entries(q, *sides, row_of, valid))
+            for head, kind in enumerate(kinds):
+                keys, values = self.kinds[kind]
+                frame = FRAMES.index(keys.pattern.frame)
+                frames, slices = self.frames, [side[head] for side in self.slices[level]]
+                sides = [
+                    CodedSide(keys, slices[0], frames.key_duals[frame], frames.key_centre),
+                    CodedSide(values, slices[1], frames.value_duals[frame], frames.value_centre),
+                ]
+                row_of = request * self.kv_heads + head
+                state = state.merge(attend_entries(q, *sides, row_of, torch.tensor(valid).long()))
         return state.out.view(self.q.shape), state.lse.view(self.q.shape[:2])
 
     def place_pages(self) -> tuple[LayerPages, list[list[int]], torch.Tensor]:
@@ -118,26 +125,30 @@ class Case:
         ids = (torch.randperm(sum(map(len, self.levels)), generator=self.rng) + 1).split(
             [len(levels) for levels in self.levels]
         )
-        strides = [[side.size_bytes + GAP for side in kind] for kind in self.kinds]
-        block_bytes = 32 + self.kv_heads * max(max(pair) for pair in strides)
+        stride = max(side.size_bytes for kind in self.kinds for side in kind) + GAP
+        block_bytes = 32 + self.kv_heads * stride
         num_pages = 1 + sum(map(len, self.levels))
         blocks = torch.randperm(2 * num_pages, generator=self.rng).view(num_pages, 2)
         arena = torch.full((2 * num_pages, block_bytes), POISON, dtype=torch.uint8)
-        places = torch.zeros(len(self.kinds), 3, self.kv_heads, 2, 2, dtype=torch.int32)
+        levels = len(self.kind_of)
+        places = torch.zeros(levels, 3, self.kv_heads, 2, 2, dtype=torch.int32)
+        kind_of = torch.full((levels, 3, self.kv_heads), POISON, dtype=torch.int32)
+        kind_of[:, 1] = torch.tensor(self.kind_of)
         page_level = torch.zeros(num_pages, dtype=torch.uint8)
-        for kind in range(len(self.kinds)):
-            for i, (request, place) in enumerate(self.pages_of(kind)):
+        for level in range(levels):
+            for i, (request, place) in enumerate(self.pages_of(level)):
                 page = int(ids[request][place])
-                page_level[page] = kind
+                page_level[page] = level
                 for side in range(2):
                     for head in range(self.kv_heads):
-                        offset = 32 + head * strides[kind][side]
-                        places[kind, 1, head, side] = torch.tensor([1 - side, offset])
-                        one = self.slices[kind][side][i * self.kv_heads + head]
+                        offset = 32 + head * stride
+                        places[level, 1, head, side] = torch.tensor([1 - side, offset])
+                        one = self.slices[level][side][head][i]
                         arena[blocks[page, 1 - side], offset : offset + len(one)] = one
         pages = LayerPages(
-            arena.view(-1).to(DEVICE), blocks.int().to(DEVICE), places.to(DEVICE)[:, 1], block_bytes
-        )
+            arena.view(-1).to(DEVICE), blocks.int().to(DEVICE), places.to(DEVICE)[:, 1],
+            kind_of.to(DEVICE)[:, 1], block_bytes,
+        )  # fmt: skip
         return pages, [mine.tolist() for mine in ids], page_level
 
     def actual(self, items: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,8 +160,9 @@ class Case:
         for row, mine in zip(table, ids):
             loc = torch.tensor(mine).long().unsqueeze(1) * self.page + torch.arange(self.page)
             row[: loc.numel()] = loc.flatten().int()
-        max_items = (batch + 1) * len(self.kinds) + items
-        tables = PlanTables.allocate(batch + 1, most, len(self.kinds), max_items, DEVICE)
+        levels = len(self.kind_of)
+        max_items = (batch + 1) * levels + items
+        tables = PlanTables.allocate(batch + 1, most, levels, max_items, DEVICE)
         for name in ("items", "item_start", "hot_items", "pages"):
             poison(getattr(tables, name))
         lengths = torch.tensor(self.lengths, device=DEVICE)

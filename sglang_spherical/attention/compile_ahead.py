@@ -73,7 +73,10 @@ def _extend(pool: SphericalKVPool, q_heads: int, dtype: torch.dtype) -> None:
             work = ExtendWorkspace.allocate(
                 tables, arena.kinds, q_heads, layout.kv_heads, arena.device, tuning
             )
-            run_extend(tables, q, k, v, arena.bytes, entries, pool.layer_frames[0], 0.5, work)
+            run_extend(
+                tables, q, k, v, arena.bytes, entries, arena.kind_levels[0], pool.layer_frames[0],
+                0.5, work,
+            )  # fmt: skip
 
 
 def _tables(
@@ -86,7 +89,8 @@ def _tables(
 
     return ExtendTables(
         numbers(1), numbers(1, dtype=torch.uint8), numbers(len(pool.layout.levels) + 1),
-        numbers(1, 4), numbers(tiles, 4), numbers(tiles, 4), present, tile_rows, (tokens,),
+        numbers(1, 4), numbers(tiles, 4), numbers(tiles, 4), len(pool.layout.levels), present,
+        tile_rows, (tokens,),
     )  # fmt: skip
 
 
@@ -99,11 +103,10 @@ def _reencode(pool: SphericalKVPool) -> None:
         torch.empty(sides, dtype=torch.float32, device=device),
     )
     pages = torch.empty(1, dtype=torch.int64, device=device)
-    for old, new in combinations(range(len(arena.kinds)), 2):
+    for old, new in combinations(range(len(layout.levels)), 2):
         reencode_pages(
-            arena.bytes, arena.page_blocks, pages, arena.kinds[old], arena.kinds[new],
-            arena.places[old], arena.places[new], turns, layout.block_bytes,
-        )  # fmt: skip
+            arena.bytes, arena.page_blocks, pages, arena.moves(old, new), turns, layout.block_bytes
+        )
 
 
 def _empty(pool: SphericalKVPool, dtype: torch.dtype, *shape: int) -> torch.Tensor:

@@ -36,19 +36,25 @@ class DecodeTables:
         )
         items = self._items_of(max_batch)
         pages = -(-req_to_token.shape[1] // layout.page_size)
-        self.tables = PlanTables.allocate(max_batch, pages, len(arena.kinds), items, arena.device)
+        self.tables = PlanTables.allocate(max_batch, pages, len(layout.levels), items, arena.device)
         self.workspace = DecodeWorkspace.allocate(
             max_batch, items, q_heads, layout.head_dim, arena.device
         )
         self.lse = torch.empty(max_batch, q_heads, dtype=torch.float32, device=arena.device)
         self.layers = [
-            LayerPages(arena.bytes, arena.page_blocks, arena.places[:, layer], layout.block_bytes)
+            LayerPages(
+                arena.bytes,
+                arena.page_blocks,
+                arena.places[:, layer],
+                arena.kind_of[:, layer],
+                layout.block_bytes,
+            )
             for layer in range(layout.layers)
         ]
         self.of_batch = cache(self._of_batch)
 
     def _items_of(self, batch: int) -> int:
-        return most_items(self.wave, batch, len(self.pool.arena.kinds))
+        return most_items(self.wave, batch, len(self.pool.layout.levels))
 
     def _of_batch(self, batch: int) -> PlanTables:
         """The tables that a batch of this size fills."""

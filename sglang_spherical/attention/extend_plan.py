@@ -50,7 +50,7 @@ class ExtendPlan:
         arena = self.pool.arena
         out, _ = run_extend(
             self.tables, q, k, v, arena.bytes, self._entries_of(layer),
-            self.pool.layer_frames[layer], scale, self.workspace,
+            arena.kind_levels[layer], self.pool.layer_frames[layer], scale, self.workspace,
         )  # fmt: skip
         return out
 
@@ -60,10 +60,10 @@ class ExtendPlan:
         tuning = tuning_for(layout.head_dim)
         self.tables = build_tables(
             self.req_to_token, self.slots, arena.page_level, self.prefixes, self.lengths,
-            page_size=layout.page_size, group=group, kinds=len(layout.levels),
+            page_size=layout.page_size, group=group, levels=len(layout.levels),
             tile_rows=tuning.tile_rows,
             most_items=max(1, MULTIPROCESSORS * tuning.programs // layout.kv_heads),
-            present=self.pool.levels_seen,
+            present=layout.kinds_at(self.pool.levels_seen),
         )  # fmt: skip
         self.workspace = ExtendWorkspace.allocate(
             self.tables, arena.kinds, group * layout.kv_heads, layout.kv_heads, arena.device,

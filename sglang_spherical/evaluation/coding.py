@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import torch
 
+from sglang_spherical.pool.assignment import Assignment
 from sglang_spherical.pool.frames import Frames
-from sglang_spherical.pool.layout import Level, PageLayout, level_sides
+from sglang_spherical.pool.layout import Level, PageLayout
 from spherical_kernels.codec.pages import decode_slices, encode_slices
+from spherical_kernels.codec.patterns import Pattern
+from spherical_kernels.codec.slices import slice_layout
 
 VALUE_BITS_DENSE = 16
 
 
 class TierCoder:
-    """The ladder of levels of a cache, over the frames of its layers and KV heads."""
+    """The ladder of levels of a cache, over the frames of its layers and KV heads.
 
-    def __init__(self, frames: Frames, levels: tuple[Level, ...]) -> None:
+    chosen  kinds of the heads at these levels; None gives all of a level its own pair
+    """
+
+    def __init__(
+        self, frames: Frames, levels: tuple[Level, ...], chosen: Assignment | None = None
+    ) -> None:
         self.frames = frames
-        self.levels = levels
+        layers, heads = frames.centre.shape[1:3]
+        pairs = [level.pair for level in levels]
+        self.levels, self.heads = levels, heads
+        self.assignment = chosen or Assignment.uniform(pairs, layers * heads)
 
     def reach(
         self, layer: int, side: int, x: torch.Tensor, level: int
@@ -31,20 +42,43 @@ class TierCoder:
         """
         hot = lowered = self.store(layer, side, x, 0)
         for lower in range(1, level + 1):
-            lowered = self.store(layer, side, lowered, lower)
+            lowered = self.store(layer, side, lowered, lower, above=lower - 1)
         return hot, lowered
 
-    def store(self, layer: int, side: int, x: torch.Tensor, level: int) -> torch.Tensor:
-        """x [kv_heads, tokens, d] in slices of a level, read back: same shape, float32."""
-        frames, heads = self.frames, len(x)
-        slices = level_sides(self.levels[level], frames.page_size, x.shape[-1])[side]
-        pages = x.float().unflatten(1, (-1, frames.page_size))  # [kv_heads, pages, page_size, d]
-        count, kind = pages.shape[1], slices.pattern.frame
-        matrix = frames.matrices(kind, layer, side).repeat_interleave(count, 0)
-        dual = frames.duals(kind, layer, side).repeat_interleave(count, 0)
-        centre = frames.centre[side, layer].repeat_interleave(count, 0)
+    def store(
+        self, layer: int, side: int, x: torch.Tensor, level: int, above: int | None = None
+    ) -> torch.Tensor:
+        """x [kv_heads, tokens, d] in slices of a level, read back: same shape, float32.
+
+        above  the level that x was read from, if any: heads whose patterns are the same there keep
+               their slices
+        """
+        stored = x.float().clone()
+        patterns = self._patterns(layer, side, level)
+        kept = [None] * self.heads if above is None else self._patterns(layer, side, above)
+        for pattern in dict.fromkeys(patterns):
+            heads = [h for h in range(self.heads) if patterns[h] == pattern != kept[h]]
+            if heads:
+                stored[heads] = self._store(layer, side, stored[heads], heads, pattern)
+        return stored
+
+    def _patterns(self, layer: int, side: int, level: int) -> list[Pattern]:
+        """Of every head."""
+        first = layer * self.heads
+        return [pair[side] for pair in self.assignment.pairs(level)[first : first + self.heads]]
+
+    def _store(
+        self, layer: int, side: int, x: torch.Tensor, heads: list[int], pattern: Pattern
+    ) -> torch.Tensor:
+        frames, kind = self.frames, pattern.frame
+        slices = slice_layout(pattern, frames.page_size, x.shape[-1])
+        pages = x.unflatten(1, (-1, frames.page_size))  # [heads, pages, page_size, d]
+        count = pages.shape[1]
+        matrix = frames.matrices(kind, layer, side)[heads].repeat_interleave(count, 0)
+        dual = frames.duals(kind, layer, side)[heads].repeat_interleave(count, 0)
+        centre = frames.centre[side, layer, heads].repeat_interleave(count, 0)
         coded = encode_slices(slices, pages.flatten(0, 1), matrix, centre)
-        return decode_slices(slices, coded, dual, centre).view(heads, -1, x.shape[-1])
+        return decode_slices(slices, coded, dual, centre).view(x.shape)
 
 
 class TierRead:

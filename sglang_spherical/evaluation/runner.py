@@ -89,7 +89,8 @@ class Evaluation:
         self.coded: list[tuple[CacheForm, RunScores]] = []
         hot, *lower = layout.levels
         stops = hot, *(level for level in lower if level.name in tiers)
-        coder = TierCoder(frames, stops)
+        chosen = layout.assignment.at([layout.levels.index(stop) for stop in stops])
+        coder = TierCoder(frames, stops, chosen)
         for tier in tiers:
             stop, level = next(x for x in enumerate(stops) if x[1].name == tier)
             bits = bits_per_value(layout, layout.levels.index(level))

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 
 from sglang_spherical.pool.layout import SIDES, PageLayout, split_descriptor
-from spherical_kernels.codec.slices import ALIGNMENT, SliceLayout
+from spherical_kernels.codec.slices import ALIGNMENT, SliceLayout, slice_layout
+from spherical_kernels.retier.launch import Move, Moves
 
 KEYS, VALUES = 0, 1
 
@@ -28,7 +30,9 @@ class Arena:
 
     num_blocks  blocks of capacity; H more are held for page 0
     num_pages   logical page ids, page 0 included
-    kinds       slice layouts of keys and values, by level
+    kinds       slice layouts of keys and values, by kind
+    kind_of     int32 [levels, layers, kv_heads], the kind of every head
+    kind_levels int32 [layers, kinds, kv_heads, 2], levels [first, end) at which a head has a kind
     region      where the bytes are allocated (SGLang's memory saver); the tables lie outside it
     """
 
@@ -55,9 +59,14 @@ class Arena:
         )
         self.page_level = torch.zeros(num_pages, dtype=torch.uint8, device=device)
         self._templates = [layout.descriptors(i).to(device) for i in range(len(layout.levels))]
-        self.kinds = tuple(layout.side_layouts(i) for i in range(len(layout.levels)))
+        self.kinds = layout.kinds
+        self.kind_of = layout.kind_table().to(device)
+        kinds = torch.arange(len(self.kinds), device=device).view(-1, 1, 1, 1)
+        ends = [(self.kind_of < kinds).sum(1), (self.kind_of <= kinds).sum(1)]
+        self.kind_levels = torch.stack(ends, -1).transpose(0, 1).to(torch.int32).contiguous()
         _, slot, offset = split_descriptor(torch.stack(self._templates))
         self.places = torch.stack((slot, offset), -1).to(torch.int32)
+        self.moves = cache(self._moves)
         sink = torch.arange(layout.hot_blocks, device=device)
         self.place_pages(torch.zeros(1, dtype=torch.int64, device=device), sink.unsqueeze(0))
 
@@ -77,10 +86,24 @@ class Arena:
         self.set_level(pages, 0)
 
     def set_level(self, pages: torch.Tensor, level: int) -> None:
-        """Gives pages [n] the uniform descriptors of a level; their bytes are the caller's
+        """Gives pages [n] the descriptors of a level; their bytes are the caller's
         matter."""
         self.page_level.index_fill_(0, pages, level)
         self.descriptors[:, pages] = self._templates[level].unsqueeze(1)
+
+    def _moves(self, old: int, new: int) -> Moves:
+        """What re-encoding from one level to a lower one does to every slice."""
+        layout = self.layout
+        found = [
+            Move(
+                side,
+                slice_layout(before, layout.page_size, layout.head_dim),
+                slice_layout(after, layout.page_size, layout.head_dim),
+                torch.tensor(slices, dtype=torch.int32, device=self.device),
+            )
+            for (side, before, after), slices in layout.assignment.moves(old, new).items()
+        ]
+        return Moves.over(found, self.places[old], self.places[new], layout.slice_bytes(new))
 
     def locate(
         self, pages: torch.Tensor, layer: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from sglang_spherical import frame_file
 from sglang_spherical.config import SphericalConfig
 from sglang_spherical.errors import StartupError
 from sglang_spherical.pool.allocator import SphericalAllocator
+from sglang_spherical.pool.choice import choose_kinds, expected_change
 from sglang_spherical.pool.kv_pool import SphericalKVPool
 from sglang_spherical.pool.sizing import page_layout
+
+logger = logging.getLogger(__name__)
 
 
 def build_pool(configurator: Any, max_total_num_tokens: int) -> SphericalKVPool:
@@ -36,6 +40,12 @@ def build_pool(configurator: Any, max_total_num_tokens: int) -> SphericalKVPool:
             f"{layout.page_size} "
             "tokens, less than one per request: lower it, or raise --max-total-tokens"
         )
+    known = None if config.frames is None else _known_frames(configurator, Path(config.frames))
+    if known is not None and known.distortion is not None:
+        layout = layout.with_kinds(choose_kinds(layout, known.distortion))
+        changes = zip(layout.levels[1:], expected_change(layout, known.distortion))
+        said = ", ".join(f"{level.name} {change:+.0%}" for level, change in changes)
+        logger.info("patterns chosen per head; expected loss against one for all: %s", said)
     pool = SphericalKVPool(
         pages * layout.page_size,
         layout,
@@ -45,13 +55,13 @@ def build_pool(configurator: Any, max_total_num_tokens: int) -> SphericalKVPool:
         configurator.layer_info.end_layer,
     )
     pool.learning = False  # until it is started: warming up and capturing show no real prompts
-    if config.frames is not None:
-        _load_frames(pool, configurator, Path(config.frames))
+    if known is not None:
+        pool.frames.load(known.centre, known.gain, known.spread)
     return pool
 
 
-def _load_frames(pool: SphericalKVPool, configurator: Any, path: Path) -> None:
-    """Gives the pool its layers and KV heads of a calibration file of all.
+def _known_frames(configurator: Any, path: Path) -> frame_file.FrameStatistics:
+    """This rank's layers and KV heads of a calibration file of all.
 
     Raises StartupError when the file is damaged or belongs to another model.
     """
@@ -60,8 +70,8 @@ def _load_frames(pool: SphericalKVPool, configurator: Any, path: Path) -> None:
     known = frame_file.load(path, identity)
     parallel = get_parallel()
     heads = frame_file.rank_heads(known.kv_heads, parallel.attn_tp_rank, parallel.attn_tp_size)
-    mine = known.part(slice(pool.start_layer, pool.end_layer), heads)
-    pool.frames.load(mine.centre, mine.gain, mine.spread)
+    layers = slice(configurator.layer_info.start_layer, configurator.layer_info.end_layer)
+    return known.part(layers, heads)
 
 
 def build_allocator(configurator: Any, *, token_to_kv_pool: Any, **_: Any) -> SphericalAllocator:

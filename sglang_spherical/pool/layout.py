@@ -9,13 +9,15 @@ the count has free is always there in blocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import torch
 
 from sglang_spherical.config import TIERS, SphericalConfig
 from sglang_spherical.errors import StartupError
+from sglang_spherical.pool.assignment import Assignment, Kind, pack_alike, pack_mixed
 from spherical_kernels.codec.patterns import PATTERN_ID, FrameKind, Pattern
 from spherical_kernels.codec.slices import ALIGNMENT, SliceLayout, slice_alignment, slice_layout
 
@@ -34,11 +36,16 @@ SIDES = 2  # keys, values
 
 @dataclass(frozen=True)
 class Level:
-    """One rung of the precision ladder: the patterns of every key and value slice of a page."""
+    """One rung of the precision ladder: patterns of a page's key and value slices, or, where heads
+    differ, what their bytes are on average."""
 
     name: str
     keys: Pattern
     values: Pattern
+
+    @property
+    def pair(self) -> Kind:
+        return self.keys, self.values
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class PageLayout:
     slices         layers * kv_heads of this rank
     hot_blocks     H, blocks of a hot page
     block_bytes    bytes of a block, a multiple of what slices are aligned to
+    chosen         kinds of this rank's heads; None gives all of a level its own pair
     """
 
     page_size: int
@@ -58,6 +66,7 @@ class PageLayout:
     levels: tuple[Level, ...]
     hot_blocks: int
     block_bytes: int
+    chosen: Assignment | None = None
 
     @classmethod
     @cache
@@ -70,7 +79,7 @@ class PageLayout:
         level to the next.
         """
         best: tuple[float, PageLayout] | None = None
-        sides = [level_sides(level, page_size, head_dim) for level in levels]
+        sides = [kind_layouts(level.pair, page_size, head_dim) for level in levels]
         for hot_blocks in range(1, MOST_BLOCKS + 1):
             for block_bytes in _block_sizes(sides, layers * kv_heads, hot_blocks):
                 layout = cls(page_size, head_dim, layers, kv_heads, levels, hot_blocks, block_bytes)
@@ -98,8 +107,32 @@ class PageLayout:
 
     @cached_property
     def blocks(self) -> tuple[int, ...]:
-        """Blocks of a page, by level."""
-        return tuple(max(block for block, _ in places) + 1 for places in self._places)
+        """Blocks of a page, by level: as many as slices of its own pair take."""
+        return tuple(max(block for block, _ in places) + 1 for places in self._alike)
+
+    @cached_property
+    def assignment(self) -> Assignment:
+        """The kinds of this rank's heads."""
+        pairs = [level.pair for level in self.levels]
+        return self.chosen or Assignment.uniform(pairs, self.layers * self.kv_heads)
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[SliceLayout, SliceLayout], ...]:
+        """Slice layouts of keys and values, by kind."""
+        return tuple(
+            kind_layouts(kind, self.page_size, self.head_dim) for kind in self.assignment.kinds
+        )
+
+    def with_kinds(self, chosen: Assignment) -> PageLayout:
+        """The same blocks and costs, filled by slices of these kinds.
+
+        Raises ValueError when they do not fit.
+        """
+        layout = replace(self, chosen=chosen)
+        for level, places in enumerate(layout._places):
+            if places is None:
+                raise ValueError(f"chosen: the slices of level {level} exceed its blocks")
+        return layout
 
     @cached_property
     def cost_tokens(self) -> tuple[int, ...]:
@@ -146,7 +179,7 @@ class PageLayout:
 
     def side_layouts(self, level: int) -> tuple[SliceLayout, SliceLayout]:
         """Slice layouts of keys and values at a level."""
-        return level_sides(self.levels[level], self.page_size, self.head_dim)
+        return kind_layouts(self.levels[level].pair, self.page_size, self.head_dim)
 
     def waste(self, blocks_of: tuple[int, ...] | None = None) -> float:
         """What pages cost over the bytes of their slices, summed over the levels by weight.
@@ -163,45 +196,57 @@ class PageLayout:
         return total
 
     @cached_property
-    def _places(self) -> tuple[list[tuple[int, int]], ...]:
-        """(block of the page, byte offset) of every slice in order layer, head, side; by level."""
+    def _alike(self) -> tuple[list[tuple[int, int]], ...]:
+        """(block of the page, byte offset) of every slice in order layer, head, side; by level,
+        where all are of its own pair."""
         places = []
         for level in range(len(self.levels)):
             keys, values = self.side_layouts(level)
             sizes = keys.size_bytes, values.size_bytes
-            places.append(_pack(sizes, self.layers * self.kv_heads, self.block_bytes))
+            places.append(pack_alike(sizes, self.layers * self.kv_heads, self.block_bytes))
         return tuple(places)
 
+    @cached_property
+    def _places(self) -> tuple[list[tuple[int, int]] | None, ...]:
+        """The same of the kinds that slices have; None where they do not fit."""
+        return tuple(self._pack(level) for level in range(len(self.levels)))
+
+    def _pack(self, level: int) -> list[tuple[int, int]] | None:
+        sizes = self.slice_bytes(level)
+        own = [side.size_bytes for side in self.side_layouts(level)] * (len(sizes) // SIDES)
+        if all(size <= room for size, room in zip(sizes, own)):
+            return self._alike[level]
+        return pack_mixed(sizes, self.blocks[level], self.block_bytes)
+
+    def slice_bytes(self, level: int) -> list[int]:
+        """Sizes of the slices at a level, in order layer, head, side."""
+        return [side.size_bytes for kind in self.assignment.of[level] for side in self.kinds[kind]]
+
+    def kind_table(self) -> torch.Tensor:
+        """Kinds of all heads: int32 [levels, layers, kv_heads]."""
+        table = torch.tensor(self.assignment.of, dtype=torch.int32)
+        return table.view(len(self.levels), self.layers, self.kv_heads)
+
+    def kinds_at(self, levels: Iterable[int]) -> set[int]:
+        """Kinds that slices at any of these levels have."""
+        return set().union(*(self._kinds_of[level] for level in levels))
+
+    @cached_property
+    def _kinds_of(self) -> tuple[set[int], ...]:
+        return tuple(set(kinds) for kinds in self.assignment.of)
+
     def descriptors(self, level: int) -> torch.Tensor:
-        """Descriptors of a uniform page: int32 [layers, kv_heads, 2 (keys, values)]."""
-        rung = self.levels[level]
-        ids = [PATTERN_ID[rung.keys], PATTERN_ID[rung.values]]
+        """Descriptors of a page at a level: int32 [layers, kv_heads, 2 (keys, values)]."""
+        places = self._places[level]
+        assert places is not None, "`with_kinds` has seen to it"
+        patterns = [side for pair in self.assignment.pairs(level) for side in pair]
         words = [
-            pattern | slot << PATTERN_BITS | offset // ALIGNMENT << (PATTERN_BITS + SLOT_BITS)
-            for (slot, offset), pattern in zip(
-                self._places[level], ids * (len(self._places[level]) // 2)
-            )
+            PATTERN_ID[pattern]
+            | slot << PATTERN_BITS
+            | offset // ALIGNMENT << (PATTERN_BITS + SLOT_BITS)
+            for (slot, offset), pattern in zip(places, patterns, strict=True)
         ]
         return torch.tensor(words, dtype=torch.int32).view(self.layers, self.kv_heads, SIDES)
-
-
-def _pack(sizes: tuple[int, int], count: int, block_bytes: int) -> list[tuple[int, int]]:
-    """(block, offset) of `count` key and `count` value slices, in order key, value, key, value, ...
-
-    A block takes the side that lags behind, or the other one where only that still fits.
-    """
-    places: list[list[tuple[int, int]]] = [[], []]
-    block, used = 0, 0
-    while len(places[0]) < count or len(places[1]) < count:
-        lagging = 0 if len(places[0]) <= len(places[1]) else 1
-        for side in (lagging, 1 - lagging):
-            if len(places[side]) < count and used + sizes[side] <= block_bytes:
-                places[side].append((block, used))
-                used += sizes[side]
-                break
-        else:
-            block, used = block + 1, 0
-    return [place for pair in zip(*places, strict=True) for place in pair]
 
 
 def _block_sizes(
@@ -221,12 +266,10 @@ def _block_sizes(
     return sorted({n for n in fitted if n >= needed} | set(range(needed, top + 1, step)))
 
 
-def level_sides(level: Level, page_size: int, head_dim: int) -> tuple[SliceLayout, SliceLayout]:
-    """Slice layouts of a level's keys and values."""
-    return (
-        slice_layout(level.keys, page_size, head_dim),
-        slice_layout(level.values, page_size, head_dim),
-    )
+def kind_layouts(kind: Kind, page_size: int, head_dim: int) -> tuple[SliceLayout, SliceLayout]:
+    """Slice layouts of a kind's keys and values."""
+    keys, values = kind
+    return slice_layout(keys, page_size, head_dim), slice_layout(values, page_size, head_dim)
 
 
 def split_descriptor(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -244,26 +287,23 @@ def _calibrated(*bits: int) -> Pattern:
     return Pattern(FrameKind.CALIBRATED, bits)
 
 
-Sides = tuple[Pattern, Pattern]
-"""Patterns of keys and values."""
+_HOT: dict[int, Kind] = {bits: (Pattern(FrameKind.HOT, (bits,)),) * 2 for bits in (4, 8)}
 
-_HOT: dict[int, Sides] = {bits: (Pattern(FrameKind.HOT, (bits,)),) * 2 for bits in (4, 8)}
-
-_CACHED: dict[int, Sides] = {
+_CACHED: dict[int, Kind] = {
     4: (_calibrated(6, 4, 4, 2), _calibrated(4, 4, 4, 4)),
     3: (_calibrated(4, 4, 2, 2), _calibrated(4, 4, 2, 2)),
     2: (_calibrated(4, 2, 2, 2), _calibrated(2, 2, 2, 2)),
 }
 """Of warm and cold, by code bits: chosen by fidelity at equal bytes (docs/format.md)."""
 
-_BETWEEN: dict[tuple[int, int], Sides] = {
+_BETWEEN: dict[tuple[int, int], Kind] = {
     (4, 2): _CACHED[3],
     (4, 3): (_calibrated(6, 4, 4, 2), _calibrated(4, 4, 2, 2)),
     (3, 2): (_calibrated(4, 2, 2, 2), _calibrated(4, 4, 2, 2)),
 }
 """Of cool, by the bits of warm and cold."""
 
-_LAST: dict[int, Sides] = {
+_LAST: dict[int, Kind] = {
     3: _CACHED[2],
     2: (_calibrated(4, 2, 2, 0), _calibrated(2, 2, 2, 2)),
 }

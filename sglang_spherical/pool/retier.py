@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from sglang_spherical.pool.arena import KEYS, VALUES, Arena
+from sglang_spherical.pool.arena import Arena
 from sglang_spherical.pool.frames import Frames
 from spherical_kernels.codec.pages import decode_slices, encode_slices
-from spherical_kernels.retier.launch import reencode_pages
+from spherical_kernels.retier.launch import Move, reencode_pages
 
 PAGES_AT_ONCE = 16
 """Bounds the temporary memory: so many pages' slices at the new level, one layer's as floats."""
@@ -21,15 +21,15 @@ PAGES_AT_ONCE = 16
 def lower_pages(
     arena: Arena, frames: Frames, pages: torch.Tensor, old: int, new: int, kernels: bool
 ) -> torch.Tensor:
-    """Re-encodes pages int64 [n] from level `old` to level `new`; all must be full and uniform.
+    """Re-encodes pages int64 [n] from level `old` to level `new`; all must be full.
 
     Returns the blocks they no longer own, int32 [n * (n(old) - n(new))].
     """
     frames.calibrate()
     if kernels:
         reencode_pages(
-            arena.bytes, arena.page_blocks, pages, arena.kinds[old], arena.kinds[new],
-            arena.places[old], arena.places[new], frames.turns, arena.layout.block_bytes,
+            arena.bytes, arena.page_blocks, pages, arena.moves(old, new), frames.turns,
+            arena.layout.block_bytes,
         )  # fmt: skip
         arena.set_level(pages, new)
     else:
@@ -41,33 +41,35 @@ def lower_pages(
 
 def _lower_some(arena: Arena, frames: Frames, pages: torch.Tensor, old: int, new: int) -> None:
     _, source = arena.locate(pages)  # [layers, n, kv_heads, 2]
-    encoded = [
-        [
-            _reencode(arena, frames, layer, side, source[layer, :, :, side], old, new)
-            for side in (KEYS, VALUES)
-        ]
-        for layer in range(arena.layout.layers)
-    ]
+    moves = arena.moves(old, new)
+    coded = []
+    for move in moves.moves:
+        layers, heads = move.slices.long() // source.shape[2], move.slices.long() % source.shape[2]
+        for layer in layers.unique().tolist():
+            mine = heads[layers == layer]
+            addresses = source[layer, :, mine, move.side]
+            slices = _reencode(arena, frames, layer, mine, move, addresses)
+            coded.append((move, layer, mine, slices))
     arena.set_level(pages, new)
     _, target = arena.locate(pages)
-    layouts = arena.layout.side_layouts(new)
-    for layer, sides in enumerate(encoded):
-        for side, slices in enumerate(sides):
-            arena.write_slices(layouts[side], target[layer, :, :, side].flatten(), slices)
+    for move, layer, mine, slices in coded:
+        arena.write_slices(move.new, target[layer, :, mine, move.side].flatten(), slices)
 
 
 def _reencode(
-    arena: Arena, frames: Frames, layer: int, side: int, addresses: torch.Tensor, old: int, new: int
-) -> torch.Tensor:
-    """Slices of one layer and side at addresses [n, kv_heads], coded anew: uint8 [n * kv_heads,
-    size_bytes]."""
-    before, after = arena.layout.side_layouts(old)[side], arena.layout.side_layouts(new)[side]
-    count = len(addresses)
-    centre = frames.centre[side, layer].repeat(count, 1)
-    dual = frames.duals(before.pattern.frame, layer, side).repeat(count, 1, 1)
-    matrix = frames.matrices(after.pattern.frame, layer, side).repeat(count, 1, 1)
-    x = decode_slices(before, arena.read_slices(before, addresses.flatten()), dual, centre)
-    return encode_slices(after, x, matrix, centre)
+    arena: Arena, frames: Frames, layer: int, heads: torch.Tensor, move: Move,
+    addresses: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Slices of some heads of a layer at addresses [n, heads], as they are after a move: uint8
+    [n * heads, size_bytes]."""
+    found = arena.read_slices(move.old, addresses.flatten())
+    if move.old == move.new:
+        return found
+    count, side = len(addresses), move.side
+    centre = frames.centre[side, layer, heads].repeat(count, 1)
+    dual = frames.duals(move.old.pattern.frame, layer, side)[heads].repeat(count, 1, 1)
+    matrix = frames.matrices(move.new.pattern.frame, layer, side)[heads].repeat(count, 1, 1)
+    return encode_slices(move.new, decode_slices(move.old, found, dual, centre), matrix, centre)
 
 
 def recentre_pages(

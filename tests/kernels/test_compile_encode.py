@@ -65,9 +65,10 @@ from spherical_kernels.retier.launch import kernel_constants, tuning_for
 
 d, old, new = map(int, sys.argv[1:])
 types = {
-    "Arena": "*u8", "PageBlocks": "*i32", "Pages": "*i64", "Places": "*i32", "Turns": "*fp16",
-    "TurnScales": "*fp32", "Scratch": "*u8", "first_page": "i32", "num_pages": "i32",
-    "block_bytes": "i32",
+    "Arena": "*u8", "PageBlocks": "*i32", "Pages": "*i64", "Slices": "*i32", "Places": "*i32",
+    "Offsets": "*i32", "Turns": "*fp16", "TurnScales": "*fp32", "Scratch": "*u8",
+    "first_page": "i32", "num_pages": "i32", "slices": "i32", "block_bytes": "i32",
+    "page_bytes": "i32",
 }
 tuning = tuning_for(d)
 layouts = [slice_layout(PATTERNS[i], 64, d) for i in (old, new)]

@@ -38,7 +38,7 @@ finish, finish_warps = finish_constants(d, few="few_" in name)
 name = name.replace("few_", "")
 constants = {
     "extend_pages": kernel_constants(keys, values, 4) | {
-        "M": tuning.tile_rows, "KIND": 1, "KINDS": 3, "STAGES": tuning.stages,
+        "M": tuning.tile_rows, "KIND": 1, "LEVELS": 3, "STAGES": tuning.stages,
         "PTX": True, "PDL": True,
     },
     "frame_rows": frame_constants([slice_layout(PATTERNS[0], page, d), keys], 4) | {"PDL": True},
@@ -50,7 +50,7 @@ constants = {
 }[name]
 TYPES = {
     "Arena": "*i32", "Entries": "*i64", "Items": "*i32", "Tiles": "*i32", "Requests": "*i32",
-    "Runs": "*i32", "Framed": "*fp16", "scale": "fp32",
+    "Runs": "*i32", "Levels": "*i32", "Framed": "*fp16", "scale": "fp32",
     **{name: "*" + dtype for name in ("Q", "K", "V", "New", "Out")},
 }
 DEFAULTS = {True: "*fp32", False: "i32"}

@@ -45,6 +45,13 @@ def test_smaller_pages(d: int, page: int) -> None:
     Case((HOT, WARM, COOL, COLD), tokens, d, page=page).check()
 
 
+@pytest.mark.parametrize("d", [64, 128])
+def test_patterns_that_differ_between_heads(d: int) -> None:
+    tokens = [(PAGE + 5, 2 * PAGE, PAGE, 2 * PAGE), (3, 0, PAGE, PAGE)]
+    kind_of = (0, 0, 0), (1, 1, 1), (1, 2, 3), (2, 3, 3)
+    Case((HOT, WARM, COOL, COLD), tokens, d, kv_heads=3, kind_of=kind_of).check()
+
+
 def test_a_request_without_pages_has_no_attention() -> None:
     case = Case((HOT, WARM), [(0, PAGE), (0, 0)], 64)
     out, lse = case.actual()
@@ -57,7 +64,7 @@ def test_bytes_of_tokens_that_do_not_exist_change_nothing(valid: int) -> None:
     case = Case((HOT,), [(PAGE + valid,)], 64)
     state = case.rng.get_state()
     before = case.actual()
-    for layout, slices in zip(case.kinds[0], case.slices[0]):
+    for layout, (slices,) in zip(case.kinds[0], case.slices[0]):
         (tile,) = layout.tiles
         radii = slices[:, layout.radii_offset_bytes : layout.radii_offset_bytes + 2 * PAGE]
         radii[-1, 2 * valid :] = POISON  # float16 NaN
@@ -70,7 +77,7 @@ def test_bytes_of_tokens_that_do_not_exist_change_nothing(valid: int) -> None:
 @pytest.mark.parametrize("kind", [HOT, WARM], ids=["hot", "warm"])
 def test_nan_in_a_radius_or_scale_shows(kind: tuple[Pattern, Pattern]) -> None:
     case = Case((kind,), [(2 * PAGE,)], 64)
-    layout, slices = case.kinds[0][1], case.slices[0][1]
+    layout, slices = case.kinds[0][1], case.slices[0][1][0]
     start = layout.scales_offset_bytes if layout.calibrated else layout.radii_offset_bytes
     slices[0, start : start + 2] = POISON
     assert bool(case.actual()[0].isnan().any())
@@ -85,7 +92,7 @@ def test_flat_and_peaked_attention(loudness: float) -> None:
 def test_values_from_tiny_to_huge(kind: tuple[Pattern, Pattern]) -> None:
     """Radii of a page lie 2**10 above those of the page before it, then as far below."""
     case = Case((kind,), [(5 * PAGE,)], 64)
-    layout, slices = case.kinds[0][1], case.slices[0][1]
+    layout, slices = case.kinds[0][1], case.slices[0][1][0]
     factors = torch.tensor([2.0**-8, 4.0, 2.0**12, 1.0, 2.0**-10]).half()
     if layout.calibrated:
         at, count = layout.scales_offset_bytes, 2

@@ -44,6 +44,8 @@ class Request:
 
 @dataclass
 class Case:
+    """tiers: kinds of slices; kind_of [levels][kv_heads], at level i kind i if not given."""
+
     requests: list[Request]
     d: int = 64
     kv_heads: int = 1
@@ -53,9 +55,11 @@ class Case:
     loudness: float = 1.0
     dtype: torch.dtype = torch.float32
     present: set[int] | None = None
+    kind_of: tuple[tuple[int, ...], ...] = ()
     slices: list[list[torch.Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.kind_of = self.kind_of or tuple((i,) * self.kv_heads for i in range(len(self.tiers)))
         self.rng = torch.Generator().manual_seed(self.d + self.group)
         self.scale = 0.8 * self.d**-0.5
         heads, d = self.kv_heads, self.d
@@ -74,7 +78,7 @@ class Case:
             tuple(slice_layout(pattern, self.page_size, d) for pattern in tier)
             for tier in self.tiers
         )
-        # slices[level][side]: uint8 [pages, heads, size_bytes], for every page at every level
+        # slices[kind][side]: uint8 [pages, heads, size_bytes], for every page in every kind
         self.slices = [[self.encode(side, i) for i, side in enumerate(pair)] for pair in self.sides]
 
     def normal(self, *shape: int) -> torch.Tensor:
@@ -114,39 +118,38 @@ class Case:
 
     def _prefix(self, rows: torch.Tensor, first: int, prefix: int) -> AttentionState:
         state = empty_state(rows)
-        heads = torch.arange(self.kv_heads)
         for index in range(-(-prefix // self.page_size)):
             page = first + index
-            level = int(self.levels[page])
-            frame = FRAMES.index(self.sides[level][0].pattern.frame)
-            keys, values = (
-                CodedSide(layout, slices[page], duals[frame], centre)
-                for layout, slices, duals, centre in (
-                    (self.sides[level][0], self.slices[level][0],
-                     self.frames.key_duals, self.frames.key_centre),
-                    (self.sides[level][1], self.slices[level][1],
-                     self.frames.value_duals, self.frames.value_centre),
-                )
-            )  # fmt: skip
             valid = min(self.page_size, prefix - index * self.page_size)
-            valids = torch.full((self.kv_heads,), valid)
-            state = state.merge(attend_entries(rows, keys, values, heads, valids))
+            for head, kind in enumerate(self.kind_of[int(self.levels[page])]):
+                frame = FRAMES.index(self.sides[kind][0].pattern.frame)
+                keys, values = (
+                    CodedSide(layout, slices[page, head : head + 1], duals[frame], centre)
+                    for layout, slices, duals, centre in (
+                        (self.sides[kind][0], self.slices[kind][0],
+                         self.frames.key_duals, self.frames.key_centre),
+                        (self.sides[kind][1], self.slices[kind][1],
+                         self.frames.value_duals, self.frames.value_centre),
+                    )
+                )  # fmt: skip
+                row, tokens = torch.tensor([head]), torch.tensor([valid])
+                state = state.merge(attend_entries(rows, keys, values, row, tokens))
         return state
 
     def arena(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
         """Poisoned bytes with the slices, every page's on two blocks; page_blocks, block_of,
         offset_of, block_bytes."""
-        kinds, heads = len(self.tiers), self.kv_heads
-        block_of = torch.zeros(kinds, heads, 2, dtype=torch.int64)
+        levels, heads = len(self.kind_of), self.kv_heads
+        block_of = torch.zeros(levels, heads, 2, dtype=torch.int64)
         offset_of = torch.zeros_like(block_of)
-        used = [[32, 32] for _ in range(kinds)]
-        for kind, pair in enumerate(self.sides):
-            for head in range(heads):
-                for side, layout in enumerate(pair):
+        used = [[32, 32] for _ in range(levels)]
+        for level, kinds in enumerate(self.kind_of):
+            for head, kind in enumerate(kinds):
+                for side, layout in enumerate(self.sides[kind]):
                     block = (head + side) % 2
-                    block_of[kind, head, side] = block
-                    offset_of[kind, head, side] = used[kind][block]
-                    used[kind][block] += layout.size_bytes + 32
+                    block_of[level, head, side] = block
+                    offset_of[level, head, side] = used[level][block]
+                    used[level][block] += layout.size_bytes + 32
         block_bytes = max(max(two) for two in used)
         pages = len(self.levels)
         blocks = torch.randperm(2 * pages, generator=self.rng).view(pages, 2).int()
@@ -156,7 +159,7 @@ class Case:
                 for side in range(2):
                     at = int(blocks[page, block_of[level, head, side]]) * block_bytes
                     at += int(offset_of[level, head, side])
-                    one = self.slices[level][side][page, head]
+                    one = self.slices[self.kind_of[level][head]][side][page, head]
                     memory[at : at + len(one)] = one
         return memory, blocks, block_of, offset_of, block_bytes
 
@@ -172,9 +175,9 @@ class Case:
         return build_tables(
             req_to_token.to(DEVICE), slots.to(DEVICE), self.levels.to(torch.uint8).to(DEVICE),
             self.prefixes, [r.new for r in self.requests], page_size=self.page_size,
-            group=self.group, kinds=len(self.tiers),
+            group=self.group, levels=len(self.kind_of),
             tile_rows=tile_rows or tuning_for(self.d).tile_rows, most_items=most_items,
-            present=self.present,
+            present=self.present or range(len(self.tiers)),
         )  # fmt: skip
 
     def actual(
@@ -193,7 +196,15 @@ class Case:
         )
         for buffer in (work.framed, work.scales, work.near, work.partial, work.lse):
             buffer.fill_(torch.nan)
-        out, lse = run_extend(tables, q, k, v, memory.to(DEVICE), entries, frames, self.scale, work)
+        kind_of = torch.tensor(self.kind_of)
+        ends = [
+            torch.stack([(kind_of < kind).sum(0), (kind_of <= kind).sum(0)], -1)
+            for kind in range(len(self.tiers))
+        ]
+        out, lse = run_extend(
+            tables, q, k, v, memory.to(DEVICE), entries, torch.stack(ends).int().to(DEVICE), frames,
+            self.scale, work,
+        )  # fmt: skip
         return out.float().cpu(), lse.cpu()
 
     def check(self, slack: float = 1.0, **cut: int) -> None:
@@ -241,6 +252,13 @@ def test_mixed_levels_of_several_requests() -> None:
         Request("2102", 16),
     ]
     Case(requests, kv_heads=2, group=3).check(slack=2, most_items=9)  # few tokens: no averaging
+
+
+def test_patterns_that_differ_between_heads() -> None:
+    requests = [Request("0112201", 3), Request("3210", 5, partial=1), Request("2332", 16)]
+    kind_of = (0, 0, 0), (1, 1, 1), (1, 2, 3), (2, 3, 3)
+    tiers = HOT, WARM, THREE, COLD
+    Case(requests, kv_heads=3, group=2, tiers=tiers, kind_of=kind_of).check(most_items=9)
 
 
 @pytest.mark.parametrize("present", [{1, 2}, {2}, {0, 2}], ids=str)

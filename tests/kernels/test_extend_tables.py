@@ -28,14 +28,14 @@ def tables_of(prefixes: list[int], lengths: list[int], levels: list[list[int]]) 
     page_level = torch.tensor([0] * 5 + [one for mine in levels for one in mine]).to(torch.uint8)
     return build_tables(
         req_to_token, torch.arange(len(prefixes)), page_level, prefixes, lengths,
-        page_size=PAGE, group=2, kinds=3, tile_rows=64, most_items=4,
+        page_size=PAGE, group=2, levels=3, present=range(3), tile_rows=64, most_items=4,
     )  # fmt: skip
 
 
 def test_pages_are_sorted_by_kind_and_stay_in_order() -> None:
     tables = tables_of([70, 0, 32], [10, 3, 1], [[0, 2, 1, 1, 0], [], [1, 0]])
     assert tables.pages.tolist() == [5, 9, 7, 8, 6, 11, 10]
-    assert tables.page_kinds.tolist() == [0, 0, 1, 1, 2, 0, 1]
+    assert tables.page_levels.tolist() == [0, 0, 1, 1, 2, 0, 1]
     assert tables.runs.tolist() == [0, 2, 4, 5, 5, 5, 5, 6, 7, 7]
     assert tables.requests.tolist() == [[0, 10, 6, 0], [10, 3, 0, 0], [13, 1, 16, 0]]
 
@@ -77,7 +77,7 @@ def test_many_tiles_stay_whole() -> None:
 def test_addresses_follow_block_and_offset() -> None:
     tables = tables_of([48], [1], [[0, 2, 1]])
     page_blocks = torch.arange(40, dtype=torch.int32).view(10, 4)
-    block_of = torch.randint(0, 4, (3, 5, 2, 2))  # kinds, layers, heads, sides
+    block_of = torch.randint(0, 4, (3, 5, 2, 2))  # levels, layers, heads, sides
     offset_of = torch.randint(0, 100, (3, 5, 2, 2))
     entries = locate_entries(tables, page_blocks, block_of, offset_of, 1 << 33)
     assert entries.shape == (5, 2, 3, 2) and entries.dtype == torch.int64

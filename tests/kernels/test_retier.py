@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sglang_spherical.pool.arena import Arena
+from sglang_spherical.pool.assignment import Assignment
 from sglang_spherical.pool.frames import Frames
 from sglang_spherical.pool.layout import Level, PageLayout
 from sglang_spherical.pool.retier import lower_pages
@@ -14,7 +17,7 @@ from spherical_kernels.codec.pages import decode_slices, encode_slices
 from spherical_kernels.codec.patterns import PATTERNS
 from spherical_kernels.codec.radii import unpack_radii
 from spherical_kernels.codec.slices import SliceLayout, read_codes
-from spherical_kernels.retier.launch import Turns, reencode_pages
+from spherical_kernels.retier.launch import Moves, Turns, reencode_pages
 from spherical_kernels.testing import POISON, poison
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,14 +32,27 @@ ON_AN_EDGE = 2e-3
 
 
 class Case:
-    """A poisoned arena with pages at the first of two levels, and frames of random heads."""
+    """A poisoned arena with pages at the first of two levels, and frames of random heads.
 
-    def __init__(self, d: int, old: Level, new: Level, page_size: int = 64) -> None:
+    kinds  of both layers at both levels, if not their levels' own: places among hot, old, new
+    """
+
+    def __init__(
+        self,
+        d: int,
+        old: Level,
+        new: Level,
+        page_size: int = 64,
+        kinds: tuple[tuple[int, int], tuple[int, int]] | None = None,
+    ) -> None:
         self.rng = torch.Generator().manual_seed(d)
         hot = Level("hot", HOT, HOT)
         levels = (old, new) if old.keys.name not in {"6-4-4-2", "4-4-2-2"} else (hot, old, new)
         self.old, self.new = len(levels) - 2, len(levels) - 1
         self.layout = PageLayout.fit(page_size, d, LAYERS, HEADS, levels)
+        if kinds is not None:
+            pairs = tuple(level.pair for level in levels)
+            self.layout = self.layout.with_kinds(Assignment(pairs, ((0, 0), *kinds)))
         blocks = PAGES * self.layout.hot_blocks
         self.arena = Arena(self.layout, blocks, 1 + PAGES, "cpu")
         poison(self.arena.bytes)
@@ -59,9 +75,8 @@ class Case:
         """Tokens around a mean of their page, as spread out as the frame expects."""
         d, size = self.layout.head_dim, self.layout.page_size
         _, addresses = self.arena.locate(self.pages)
-        layouts = self.layout.side_layouts(self.old)
         for layer in range(LAYERS):
-            for side, layout in enumerate(layouts):
+            for side, layout in enumerate(self.sides(self.old, layer)):
                 spread = self.spread[side].view(LAYERS, HEADS, 1, d)[layer]
                 x = torch.randn(PAGES, HEADS, size, d, generator=self.rng) * spread * loudness
                 x += torch.randn(PAGES, HEADS, 1, d, generator=self.rng) * loudness
@@ -69,6 +84,10 @@ class Case:
                 matrix = self.frames.matrices(layout.pattern.frame, layer, side)
                 slices = encode_slices(layout, x.flatten(0, 1), matrix.repeat(PAGES, 1, 1), centre)
                 self.arena.write_slices(layout, addresses[layer, ..., side].flatten(), slices)
+
+    def sides(self, level: int, layer: int) -> tuple[SliceLayout, SliceLayout]:
+        """Layouts of the keys and values of a layer, whose heads are alike here."""
+        return self.layout.kinds[self.layout.assignment.of[level][layer * HEADS]]
 
     def turns(self) -> Turns:
         return Turns.between(self.frames.rotation, self.frames.matrix)
@@ -78,12 +97,20 @@ class Case:
         arena = self.arena.bytes.to(DEVICE, copy=True)
         turns = Turns(self.turns().matrices.to(DEVICE), self.turns().scales.to(DEVICE))
         reencode_pages(
-            arena, self.arena.page_blocks.to(DEVICE), self.pages.to(DEVICE),
-            self.layout.side_layouts(self.old), self.layout.side_layouts(self.new),
-            self.arena.places[self.old].to(DEVICE), self.arena.places[self.new].to(DEVICE), turns,
+            arena, self.arena.page_blocks.to(DEVICE), self.pages.to(DEVICE), self.moves(), turns,
             self.layout.block_bytes, **options,
         )  # fmt: skip
         return arena.cpu()
+
+    def moves(self) -> Moves:
+        moves = self.arena.moves(self.old, self.new)
+        tensors = {
+            name: value.to(DEVICE)
+            for name, value in vars(moves).items()
+            if isinstance(value, torch.Tensor)
+        }
+        each = tuple(replace(move, slices=move.slices.to(DEVICE)) for move in moves.moves)
+        return replace(moves, moves=each, **tensors)
 
     def pool(self, matrix: torch.Tensor) -> torch.Tensor:
         """The arena's bytes after the pool's re-tiering in the frames A `matrix`."""
@@ -100,17 +127,19 @@ class Case:
         """Bytes are the pool's in the kernel's own matrices; no more is lost than in exact ones."""
         exact, found = self.pool(self.frames.matrix), self.run(**options)
         turns, expected = self.turns(), exact
-        if not self.layout.side_layouts(self.old)[0].calibrated:
+        if self.old == 0:
             rounded = turns.matrices.float() * turns.scales[..., None, None]
             expected = self.pool(rounded @ self.frames.rotation)
         before = self.tokens(self.old, self.arena.bytes)
         self.arena.set_level(self.pages, self.new)
         _, addresses = self.arena.locate(self.pages)
         outside = torch.ones(len(found), dtype=torch.bool)
-        for side, layout in enumerate(self.layout.side_layouts(self.new)):
-            offsets = addresses[..., side].flatten().unsqueeze(1) + torch.arange(layout.size_bytes)
-            outside[offsets] = False
-            compare(layout, found[offsets], expected[offsets])
+        for layer in range(LAYERS):
+            for side, layout in enumerate(self.sides(self.new, layer)):
+                at = addresses[layer, ..., side].flatten().unsqueeze(1)
+                offsets = at + torch.arange(layout.size_bytes)
+                outside[offsets] = False
+                compare(layout, found[offsets], expected[offsets])
         assert torch.equal(found[outside], expected[outside])
         ours, theirs = (
             float((self.tokens(self.new, arena) - before).square().sum())
@@ -120,22 +149,19 @@ class Case:
         assert ours == pytest.approx(theirs, rel=2e-3, abs=2.0**-20 * energy)
 
     def tokens(self, level: int, arena: torch.Tensor) -> torch.Tensor:
-        """What the pages hold, in the calibrated frames: [2, layers, slices, page_size, d]."""
+        """What the pages hold, in the calibrated frames: [layers * 2, slices, page_size, d]."""
         self.arena.set_level(self.pages, level)
         _, addresses = self.arena.locate(self.pages)
-        sides = []
-        for side, layout in enumerate(self.layout.side_layouts(level)):
-            at = addresses[..., side].flatten(1)
-            layers = []
-            for layer in range(LAYERS):
-                offsets = at[layer].unsqueeze(1) + torch.arange(layout.size_bytes)
+        found = []
+        for layer in range(LAYERS):
+            for side, layout in enumerate(self.sides(level, layer)):
+                at = addresses[layer, ..., side].flatten().unsqueeze(1)
                 dual = self.frames.duals(layout.pattern.frame, layer, side).repeat(PAGES, 1, 1)
                 centre = torch.zeros(PAGES * HEADS, self.layout.head_dim)
-                x = decode_slices(layout, arena[offsets], dual, centre)
+                x = decode_slices(layout, arena[at + torch.arange(layout.size_bytes)], dual, centre)
                 matrix = self.frames.matrix[side, layer].repeat(PAGES, 1, 1)
-                layers.append(x @ matrix.transpose(-1, -2))
-            sides.append(torch.stack(layers))
-        return torch.stack(sides)
+                found.append(x @ matrix.transpose(-1, -2))
+        return torch.stack(found)
 
 
 def compare(layout: SliceLayout, found: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -177,6 +203,16 @@ def test_from_hot_to_warm(d: int) -> None:
 @pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
 def test_from_warm_to_cold(d: int) -> None:
     case = Case(d, WARM, COLD)
+    case.fill()
+    case.check()
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("kinds", [((1, 1), (1, 2)), ((1, 2), (2, 2))], ids=str)
+def test_layers_that_differ(d: int, kinds: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    """A layer that keeps its pattern keeps its bytes, in another place."""
+    fine = Level("warm", PATTERNS[2], PATTERNS[3]), Level("cool", PATTERNS[4], PATTERNS[4])
+    case = Case(d, *fine, kinds=kinds)
     case.fill()
     case.check()
 

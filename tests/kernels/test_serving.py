@@ -19,8 +19,9 @@ MAX, RMS = 4e-2, 6e-3
 class Pair:
     """The same requests on both backends; outputs must agree."""
 
-    def __init__(self) -> None:
-        self.cpu, self.gpu = Runner(), Runner(kernels=True, device=DEVICE)
+    def __init__(self, unlike: bool = False) -> None:
+        self.cpu = Runner(unlike=unlike)
+        self.gpu = Runner(kernels=True, device=DEVICE, unlike=unlike)
         self.prompts: dict[int, tuple[Prompt, Prompt]] = {}
 
     def prompt(self, slot: int) -> tuple[Prompt, Prompt]:
@@ -61,8 +62,9 @@ def test_a_prompt_in_chunks(chunks: list[int]) -> None:
         pair.extend((1, count))
 
 
-def test_a_batch_of_extends_over_pages_of_every_level() -> None:
-    pair = Pair()
+@pytest.mark.parametrize("unlike", [False, True], ids=["heads-alike", "heads-unlike"])
+def test_a_batch_of_extends_over_pages_of_every_level(unlike: bool) -> None:
+    pair = Pair(unlike)
     pair.extend((1, 6 * PAGE + 4), (2, PAGE), (3, 2 * PAGE + 1))
     pair.lower(1, 1, slice(1, 4))
     pair.lower(1, 2, slice(4, 6))
@@ -72,9 +74,10 @@ def test_a_batch_of_extends_over_pages_of_every_level() -> None:
     assert LAYERS > 1
 
 
-def test_decode_steps_over_pages_of_every_level() -> None:
+@pytest.mark.parametrize("unlike", [False, True], ids=["heads-alike", "heads-unlike"])
+def test_decode_steps_over_pages_of_every_level(unlike: bool) -> None:
     """Steps that open a page, and one beside rows that only pad a graph's batch."""
-    pair = Pair()
+    pair = Pair(unlike)
     pair.extend((1, 6 * PAGE + 4), (2, PAGE - 1), (3, 2 * PAGE + 8))
     pair.lower(1, 1, slice(1, 4))
     pair.lower(1, 2, slice(4, 6))

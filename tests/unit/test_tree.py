@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cache_tools import Layer, normal, write
+from cache_tools import Layer, normal, unlike_heads, write
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -42,6 +42,8 @@ MAX_TOKENS = 12 * PAGE
 LAYOUT = PageLayout(PAGE, 32, 4, 2, default_levels(SphericalConfig("spherical")), 16, 864)
 """Small pages, and yet no two levels cost the same: a block holds one hot slice, or one and a
 half."""
+
+UNLIKE = unlike_heads(LAYOUT)
 
 WARM, COOL, COLD, FROZEN = range(1, len(TIERS))
 COST = LAYOUT.cost_tokens
@@ -309,16 +311,17 @@ class Cache:
             return
         _, addresses = self.pool.arena.locate(pages)
         error = torch.zeros(tokens.shape)
-        for layer in range(self.layout.layers):
-            for side, layout in enumerate(self.layout.side_layouts(level)):
-                at = addresses[layer, ..., side].flatten()
-                slices = self.pool.arena.read_slices(layout, at)
-                frames, kind = self.pool.frames, layout.pattern.frame
-                dual = frames.duals(kind, layer, side).repeat(len(pages), 1, 1)
-                centre = frames.centre[side, layer].repeat(len(pages), 1)
-                x = decode_slices(layout, slices, dual, centre).unflatten(0, (len(pages), -1))
-                wanted = CONTENT[side, layer, tokens].transpose(1, 2)
-                error += (x - wanted).square().mean((1, 3)) / (SIDES * self.layout.layers)
+        slices_of = SIDES * self.layout.layers * self.layout.kv_heads
+        for index, kind in enumerate(self.layout.assignment.of[level]):
+            layer, head = divmod(index, self.layout.kv_heads)
+            for side, layout in enumerate(self.layout.kinds[kind]):
+                slices = self.pool.arena.read_slices(layout, addresses[layer, :, head, side])
+                frames, frame = self.pool.frames, layout.pattern.frame
+                dual = frames.duals(frame, layer, side)[head].repeat(len(pages), 1, 1)
+                centre = frames.centre[side, layer, head].repeat(len(pages), 1)
+                x = decode_slices(layout, slices, dual, centre)
+                wanted = CONTENT[side, layer, tokens, head]
+                error += (x - wanted).square().mean(2) / slices_of
         off = error.sqrt()[tokens >= 0]
         assert bool((off < (FAR_OFF if level else 0.1)).all()), f"level {level}: {off.max():.2f}"
 
@@ -836,10 +839,23 @@ class Serving(RuleBasedStateMachine):
         ready=st.sampled_from([True, True, False]),
         settle_pages=st.sampled_from([256, 256, 2]),
         high=st.sampled_from([1.0, 1.0, 0.5]),
+        layout=st.sampled_from([LAYOUT, UNLIKE]),
     )
-    def set_up(self, budget: str, recent: int, ready: bool, settle_pages: int, high: float) -> None:
+    def set_up(
+        self,
+        budget: str,
+        recent: int,
+        ready: bool,
+        settle_pages: int,
+        high: float,
+        layout: PageLayout,
+    ) -> None:
         self.cache = Cache(
-            budget=budget, recent=recent, settle_pages=settle_pages, high_watermark=high
+            budget=budget,
+            recent=recent,
+            settle_pages=settle_pages,
+            high_watermark=high,
+            layout=layout,
         )
         self.known: set[tuple[str | None, tuple[int, ...]]] = set()
         if ready:

@@ -359,10 +359,11 @@ def attend_pages(
     tl.store(lse_target + g, lse, mask=g < real_heads)
 
 
-@triton.jit(do_not_specialize=["stride"])  # one binary for all sizes of workspace
+# one binary for all sizes of workspace and all layers
+@triton.jit(do_not_specialize=["stride"], do_not_specialize_on_alignment=["KindOf"])
 def decode_pages(
-    signs, Arena, Items, Pages, Blocks, Places, Parts, Units, Out, Lse, max_pages,
-    blocks_per_page, block_bytes, kind_stride, kv_heads, stride,
+    signs, Arena, Items, Pages, Blocks, Places, KindOf, Parts, Units, Out, Lse, max_pages,
+    blocks_per_page, block_bytes, level_stride, kv_heads, stride,
     D: tl.constexpr, P: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, DP: tl.constexpr,
     KINDS: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -370,10 +371,11 @@ def decode_pages(
 
     signs   operands.SIGNS, which `take_bytes` reads
     Arena   int8, the whole arena; Blocks int32 [pages, blocks_per_page], blocks of block_bytes
-    Items   int32 [items, 4]: kind << 16 | request, first, end, valid tokens of the last page
-    Pages   int32 [requests, max_pages], pages of each request in order of kind
-    Places  int32 [kinds, kv_heads, 2, 2], block of the page and byte offset of keys and values;
-            a kind's are kind_stride apart
+    Items   int32 [items, 4]: level << 16 | request, first, end, valid tokens of the last page
+    Pages   int32 [requests, max_pages], pages of each request in order of level
+    Places  int32 [levels, kv_heads, 2, 2], block of the page and byte offset of keys and values
+    KindOf  int32 [levels, kv_heads], kinds of the slices; levels lie level_stride heads apart in
+            both
     Parts, Units  queries as `frame_queries` leaves them, sets `stride` queries apart
     Out     float32 [items, kv_heads, G, D] in the value frame; Lse [items, kv_heads, G], base 2
     """
@@ -386,11 +388,12 @@ def decode_pages(
     first = tl.load(Items + item * 4 + 1)
     end = tl.load(Items + item * 4 + 2)
     last_valid = tl.load(Items + item * 4 + 3)
-    kind = which >> 16
     request = (which & 0xFFFF).to(tl.int64)
-    places = Places + kind.to(tl.int64) * kind_stride + head * 4
+    row = (which >> 16) * level_stride + head
+    places = Places + row * 4
     if first >= end:
         return
+    kind = tl.load(KindOf + row)
     if PDL:
         # while queries are still on their way into the frames
         fetch_pages(

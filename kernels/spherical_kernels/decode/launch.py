@@ -79,13 +79,15 @@ class LayerPages:
 
     arena        uint8, all slices
     page_blocks  int32 [num_pages, blocks of a page]
-    places       int32 [kinds, kv_heads, 2 (keys, values), 2]: block of the page, offset in bytes
+    places       int32 [levels, kv_heads, 2 (keys, values), 2]: block of the page, offset in bytes
+    kind_of      int32 [levels, kv_heads], the kind of a head's slices
     block_bytes  of a block
     """
 
     arena: torch.Tensor
     page_blocks: torch.Tensor
     places: torch.Tensor
+    kind_of: torch.Tensor
     block_bytes: int
 
 
@@ -156,7 +158,8 @@ def run_decode(
 ) -> None:
     """Attention of one layer over everything planned.
 
-    kinds         layouts of every kind of page; kind 0 is hot, or all are calibrated
+    kinds         layouts of every kind of slices; kind 0 is hot, level 0's alone, or all are
+                  calibrated
     q             [batch, heads, d], contiguous but for the first dimension
     scale         the softmax scale
     out           [batch, heads, d] contiguous, and lse float32 [batch, heads] (natural log), are
@@ -185,9 +188,9 @@ def run_decode(
     _page_launch(kinds, group, tuning, has_ptx(q.device), pdl)(
         (kv_heads, max_items, -(-group // MOST_HEADS)),
         SIGNS, pages.arena.view(torch.int8), tables.items, tables.pages, pages.page_blocks,
-        pages.places,
+        pages.places, pages.kind_of,
         *queries, workspace.partial, workspace.partial_lse, max_pages,
-        pages.page_blocks.shape[1], pages.block_bytes, pages.places.stride(0), kv_heads,
+        pages.page_blocks.shape[1], pages.block_bytes, pages.kind_of.stride(0), kv_heads,
         max_batch * heads,
     )  # fmt: skip
     merge = _merge_launch(kinds, batch, group, pdl)

@@ -272,12 +272,15 @@ def load_unit(base, D: tl.constexpr):
     return tl.where(unit == 0.0, SMALLEST, unit)
 
 
-# what changes from batch to batch must not make a new binary
-@triton.jit(do_not_specialize=["rows", "pages", "order"], do_not_specialize_on_alignment=["QScale"])
+# what changes from batch to batch and from layer to layer must not make a new binary
+@triton.jit(
+    do_not_specialize=["rows", "pages", "order"],
+    do_not_specialize_on_alignment=["QScale", "Levels"],
+)
 def extend_pages(
-    Arena, Entries, Items, Requests, Runs, Q, QScale, Partial, Lse, rows, pages, order,
+    Arena, Entries, Items, Requests, Runs, Levels, Q, QScale, Partial, Lse, rows, pages, order,
     D: tl.constexpr, DC: tl.constexpr, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-    W: tl.constexpr, WORDS: tl.constexpr, KIND: tl.constexpr, KINDS: tl.constexpr,
+    W: tl.constexpr, WORDS: tl.constexpr, KIND: tl.constexpr, LEVELS: tl.constexpr,
     CALIBRATED: tl.constexpr, RADII: tl.constexpr, BLOCK: tl.constexpr,
     KT: tl.constexpr, KB: tl.constexpr, KC: tl.constexpr, VT: tl.constexpr, VB: tl.constexpr,
     VC: tl.constexpr, VS: tl.constexpr, CB: tl.constexpr,
@@ -285,10 +288,13 @@ def extend_pages(
 ):  # fmt: skip
     """One item (a tile over a share of its request's pages of one kind) of one KV head.
 
+    A head's pages of the kind are a run: pages lie in order of level, and so of every head's kinds.
+
     Arena     int32, the whole arena; Entries int64 [kv_heads, pages, 2], byte addresses
     Items     int32 [items, 4]: request, first row, split, splits
     Requests  int32 [requests, 4]: first token, tokens, valid tokens of the last page, unused
-    Runs      int32 [requests * KINDS + 1]: where the pages of (request, kind) start
+    Runs      int32 [requests * LEVELS + 1]: where the pages of (request, level) start
+    Levels    int32 [kinds, kv_heads, 2]: levels [first, end) at which a head has the kind
     Q         float16 [kv_heads, rows, DC] as frame_rows makes it, QScale float32 [kv_heads, rows]
     Partial   float32 [items, kv_heads, M, DC] in the frame; Lse float32 [items, kv_heads, M],
               base 2
@@ -300,8 +306,9 @@ def extend_pages(
     first_row = tl.load(Items + item * 4 + 1)
     split = tl.load(Items + item * 4 + 2)
     splits = tl.load(Items + item * 4 + 3)
-    begin = tl.load(Runs + request * KINDS + KIND)
-    run_end = tl.load(Runs + request * KINDS + KIND + 1)
+    levels = Levels + (KIND * tl.num_programs(1) + head) * 2
+    begin = tl.load(Runs + request * LEVELS + tl.load(levels))
+    run_end = tl.load(Runs + request * LEVELS + tl.load(levels + 1))
     first = begin + (run_end - begin) * split // splits
     end = begin + (run_end - begin) * (split + 1) // splits
     m = tl.arange(0, M)

@@ -143,7 +143,9 @@ class ExtendWorkspace:
         pages, started = [], set[int]()
         for i, (kind, plane) in enumerate(plane_of.items()):
             order, place = 2 if plane in started else min(i, 1), planes.index(plane)
-            launch = _page_launch(kinds, kind, group, tables.tile_rows, tuning, ptx, pdl)
+            launch = _page_launch(
+                kinds, kind, tables.levels, group, tables.tile_rows, tuning, ptx, pdl
+            )
             mine = framed[i], scales[i], partial[place], lse[place]
             pages.append(PageReads(launch, order, *mine))
             started.add(plane)
@@ -163,6 +165,7 @@ def run_extend(
     v: torch.Tensor,
     arena: torch.Tensor,
     entries: torch.Tensor,
+    levels: torch.Tensor,
     frames: LayerFrames,
     scale: float,
     workspace: ExtendWorkspace,
@@ -172,6 +175,7 @@ def run_extend(
     q          [tokens, q_heads, d], request by request; k, v [tokens, kv_heads, d]
     arena      uint8, all slices
     entries    int64 [kv_heads, n, 2]: byte addresses of the slices of tables.pages in `arena`
+    levels     int32 [kinds, kv_heads, 2]: levels [first, end) at which a head has each kind
     scale      the softmax scale
     workspace  allocated for `tables`, the kinds of pages (kind 0, hot, first) and the tuning that
                `tables` were built for: its rows per tile, and as many items at once as
@@ -189,7 +193,7 @@ def run_extend(
     new, new_lse = attend_new_tokens(tables, q, k.contiguous(), v.contiguous(), scale)
     if not len(tables.items):
         return new, new_lse / LOG2_E
-    _attend_prefix(tables, q, arena, entries, frames, scale, workspace)
+    _attend_prefix(tables, q, arena, entries, levels, frames, scale, workspace)
     return _finish(tables, frames, new, new_lse, workspace)
 
 
@@ -198,6 +202,7 @@ def _attend_prefix(
     q: torch.Tensor,
     arena: torch.Tensor,
     entries: torch.Tensor,
+    levels: torch.Tensor,
     frames: LayerFrames,
     scale: float,
     work: ExtendWorkspace,
@@ -213,8 +218,8 @@ def _attend_prefix(
     for kind in work.pages:
         kind.launch(
             grid,
-            words, entries, tables.items, tables.requests, tables.runs, kind.framed, kind.scales,
-            kind.partial, kind.lse, rows, entries.shape[1], kind.order,
+            words, entries, tables.items, tables.requests, tables.runs, levels, kind.framed,
+            kind.scales, kind.partial, kind.lse, rows, entries.shape[1], kind.order,
         )  # fmt: skip
 
 
@@ -245,10 +250,11 @@ def _frame_launch(kinds: tuple[Kind, ...], group: int, pdl: bool) -> Launch:
 
 @cache
 def _page_launch(
-    kinds: tuple[Kind, ...], kind: int, group: int, rows: int, tuning: Tuning, ptx: bool, pdl: bool
-) -> Launch:
+    kinds: tuple[Kind, ...], kind: int, levels: int, group: int, rows: int, tuning: Tuning,
+    ptx: bool, pdl: bool,
+) -> Launch:  # fmt: skip
     return Launch(
-        extend_pages, **kernel_constants(*kinds[kind], group), M=rows, KIND=kind, KINDS=len(kinds),
+        extend_pages, **kernel_constants(*kinds[kind], group), M=rows, KIND=kind, LEVELS=levels,
         STAGES=tuning.stages, PTX=ptx, PDL=pdl, num_warps=tuning.warps, maxnreg=tuning.registers,
         **launch_options(pdl),
     )  # fmt: skip

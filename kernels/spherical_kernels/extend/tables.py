@@ -1,11 +1,12 @@
 """What a batch of extends reads, worked out once per forward pass and used by every layer.
 
 A *tile* is some rows (token, query head of the group) of one request; an *item* is a tile over one
-of the equal shares of its request's pages, of every kind alike. A *kind* is a pair of patterns that
-whole pages have: kind 0 is the hot level. A request's pages are sorted by kind, stable, so that its
-partial page, always hot, is the last of kind 0.
+of the equal shares of its request's pages, of every kind alike. A *kind* is a pair of patterns of
+keys and values: kind 0 is hot. A KV head's slices of one level are of one kind, and never finer at
+a lower level. A request's pages are sorted by level, stable, so that its partial page, always hot,
+is the last of level 0.
 
-Lengths are known on the host and shape the tables; which pages, and of what kind, only the device
+Lengths are known on the host and shape the tables; which pages, and at what level, only the device
 knows. Nothing here waits for the device.
 """
 
@@ -29,25 +30,27 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ExtendTables:
-    """Tables on the device; `n` pages, sorted by request and kind.
+    """Tables on the device; `n` pages, sorted by request and level.
 
     pages       int32 [n], logical page ids
-    page_kinds  uint8 [n]
-    runs        int32 [requests * kinds + 1]: where the pages of (request, kind) start in `pages`
+    page_levels uint8 [n]
+    runs        int32 [requests * levels + 1]: where the pages of (request, level) start in `pages`
     requests    int32 [requests, 4]: first new token, new tokens, valid tokens of the last page, 0
     tiles       int32 [tiles, 4]: request, first row, first item, items (0 without a prefix)
     items       int32 [items, 4]: request, first row, share, shares
-    present     kinds that may be among the pages: the others are not launched
+    levels      how many there are
+    present     kinds that may be among the slices: the others are not launched
     tile_rows   rows of a tile
     lengths     new tokens of every request
     """
 
     pages: torch.Tensor
-    page_kinds: torch.Tensor
+    page_levels: torch.Tensor
     runs: torch.Tensor
     requests: torch.Tensor
     tiles: torch.Tensor
     items: torch.Tensor
+    levels: int
     present: tuple[int, ...]
     tile_rows: int
     lengths: tuple[int, ...]
@@ -66,19 +69,19 @@ def build_tables(
     *,
     page_size: int,
     group: int,
-    kinds: int,
+    levels: int,
     tile_rows: int,
     most_items: int,
-    present: Collection[int] | None = None,
+    present: Collection[int],
 ) -> ExtendTables:
     """Tables for requests with `prefixes` cached and `lengths` new tokens.
 
     req_to_token  int32 [slots, context] on the device, token locations
     slots         int [requests] on the device
-    page_level    uint8 [num_pages] on the device, the kind of each page
+    page_level    uint8 [num_pages] on the device, the level of each page
     group         query heads per KV head
     most_items    items of one KV head that run at once
-    present       kinds that may be among the pages, where the host knows; None for all
+    present       kinds that may be among their slices
     Raises ValueError when there are not as many prefixes as lengths.
     """
     if len(prefixes) != len(lengths):
@@ -97,17 +100,18 @@ def build_tables(
     on_device, first_token = parts[3].long(), parts[4].long()
     pages = req_to_token[slots.long()[on_device], first_token] // page_size
     level = page_level[pages.long()]
-    key = on_device * kinds + level
+    key = on_device * levels + level
     key, order = torch.sort(key, stable=True)
-    bounds = torch.arange(len(counts) * kinds + 1, device=device)
+    bounds = torch.arange(len(counts) * levels + 1, device=device)
     return ExtendTables(
         pages=pages[order].int(),
-        page_kinds=level[order],
+        page_levels=level[order],
         runs=torch.searchsorted(key, bounds).int(),
         requests=parts[0],
         tiles=parts[1],
         items=parts[2],
-        present=tuple(sorted(range(kinds) if present is None else present)),
+        levels=levels,
+        present=tuple(sorted(present)),
         tile_rows=tile_rows,
         lengths=tuple(int(n) for n in tokens),
     )
@@ -183,11 +187,11 @@ def locate_entries(
     """Byte addresses of the key and value slices of all pages: int64 [..., kv_heads, n, 2].
 
     page_blocks  int32 [num_pages, blocks of a page]
-    block_of     int64 [kinds, ..., kv_heads, 2], in which block of the page each slice lies
+    block_of     int64 [levels, ..., kv_heads, 2], in which block of the page each slice lies
     offset_of    like block_of, where in the block, in bytes
     The dots may be nothing (the tables of one layer) or [layers].
     """
-    kind = tables.page_kinds.long()
-    slot, offset = (table.movedim(0, -2)[..., kind, :] for table in (block_of, offset_of))
+    level = tables.page_levels.long()
+    slot, offset = (table.movedim(0, -2)[..., level, :] for table in (block_of, offset_of))
     block = page_blocks[tables.pages.long().unsqueeze(-1), slot]
     return (block.long() * block_bytes + offset).contiguous()

@@ -1,8 +1,8 @@
-"""Pages of every request sorted by kind, then cut into items of about equal length.
+"""Pages of every request sorted by level, then cut into items of about equal length.
 
-A *run* is the pages of one request and one kind; runs are numbered request * KP + kind. `Runs` has
-four int32 numbers per run in planes of `runs` numbers: pages, first page, valid tokens of the last
-page, and the first item after those of the run.
+A *run* is the pages of one request and one level; runs are numbered request * LP + level. `Runs`
+has four int32 numbers per run in planes of `runs` numbers: pages, first page, valid tokens of the
+last page, and the first item after those of the run.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ START_PAGES = tl.constexpr(4)  # what an item costs beside its pages, in pages
 @triton.jit
 def sort_pages(
     ReqToToken, Slots, Lengths, PageLevel, Pages, Runs, stride, max_pages, runs,
-    PAGE: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
+    PAGE: tl.constexpr, LP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One request per program: its pages in order of kind, stable, and its runs.
+    """One request per program: its pages in order of level, stable, and its runs.
 
     ReqToToken  int32 [slots, stride], token locations
     Slots       int [batch], Lengths int [batch]
-    PageLevel   uint8 [num_pages], the kind of each page
+    PageLevel   uint8 [num_pages], the level of each page
     Pages       int32 [max_batch, max_pages]
-    KP          kinds, a power of two
+    LP          levels, a power of two
     """
     request = tl.program_id(0)
     length = tl.load(Lengths + request).to(tl.int32)
     count = tl.minimum((length + PAGE - 1) // PAGE, max_pages)
     row = ReqToToken + tl.load(Slots + request).to(tl.int64) * stride
-    kinds = tl.arange(0, KP)
+    levels = tl.arange(0, LP)
     step = tl.arange(0, BLOCK)
 
-    total = tl.zeros([KP], tl.int32)
+    total = tl.zeros([LP], tl.int32)
     for start in range(0, count, BLOCK):
         index = start + step
         page = tl.load(row + index * PAGE, mask=index < count, other=0) // PAGE
-        level = tl.load(PageLevel + page, mask=index < count, other=KP).to(tl.int32)
-        total += tl.sum((level[:, None] == kinds[None, :]).to(tl.int32), 0)
+        level = tl.load(PageLevel + page, mask=index < count, other=LP).to(tl.int32)
+        total += tl.sum((level[:, None] == levels[None, :]).to(tl.int32), 0)
     first = tl.cumsum(total, 0) - total
 
     base = first
     for start in range(0, count, BLOCK):
         index = start + step
         page = tl.load(row + index * PAGE, mask=index < count, other=0) // PAGE
-        level = tl.load(PageLevel + page, mask=index < count, other=KP).to(tl.int32)
-        mine = (level[:, None] == kinds[None, :]).to(tl.int32)
+        level = tl.load(PageLevel + page, mask=index < count, other=LP).to(tl.int32)
+        mine = (level[:, None] == levels[None, :]).to(tl.int32)
         rank = tl.cumsum(mine, 0) - mine + base[None, :]
         place = tl.sum(mine * rank, 1)
         tl.store(Pages + request.to(tl.int64) * max_pages + place, page, mask=index < count)
@@ -55,8 +55,8 @@ def sort_pages(
 
     last = tl.load(row + tl.maximum(count - 1, 0) * PAGE) // PAGE
     partial = length - (count - 1) * PAGE
-    valid = tl.where(kinds == tl.load(PageLevel + last).to(tl.int32), partial, PAGE)
-    run = Runs + request * KP + kinds
+    valid = tl.where(levels == tl.load(PageLevel + last).to(tl.int32), partial, PAGE)
+    run = Runs + request * LP + levels
     tl.store(run, total)
     tl.store(run + runs, first)
     tl.store(run + 2 * runs, valid)
@@ -65,7 +65,7 @@ def sort_pages(
 @triton.jit(do_not_specialize=["batch", "max_items"])  # one binary for all batches
 def cut_items(
     Runs, Items, ItemStart, HotItems, batch, runs, max_items, wave,
-    PAGE: tl.constexpr, KP: tl.constexpr, BP: tl.constexpr, ITEMS: tl.constexpr,
+    PAGE: tl.constexpr, LP: tl.constexpr, BP: tl.constexpr, ITEMS: tl.constexpr,
     FEWEST: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """One program: how many pages an item has at most, and the items.
@@ -73,13 +73,13 @@ def cut_items(
     The device runs `wave` items at once. Of the fewest pages that make one, two or MOST_WAVES such
     waves of items, those are chosen whose waves take the least time.
 
-    Items      int32 [max_items, 4]: kind << 16 | request, first, end, valid tokens of page end - 1
-    ItemStart  int32 [runs / KP + 1], HotItems int32 [runs / KP]
+    Items      int32 [max_items, 4]: level << 16 | request, first, end, valid tokens of page end - 1
+    ItemStart  int32 [runs / LP + 1], HotItems int32 [runs / LP]
     BP         runs, ITEMS: items, padded to powers of two
     STEPS      halvings that search as many pages, or as many runs
     """
     run = tl.arange(0, BP)
-    request, kind = run // KP, run % KP
+    request, level = run // LP, run % LP
     exists = run < runs
     count = tl.load(Runs + run, mask=request < batch, other=0)
     longest = tl.maximum(tl.max(count, 0), 1)
@@ -102,8 +102,8 @@ def cut_items(
     end_of_run = tl.cumsum(splits, 0)
     tl.store(Runs + 3 * runs + run, end_of_run, mask=exists)
     tl.store(ItemStart + run * 0, 0, mask=run == 0)
-    tl.store(ItemStart + request + 1, end_of_run, mask=exists & (kind == KP - 1))
-    tl.store(HotItems + request, splits, mask=exists & (kind == 0))
+    tl.store(ItemStart + request + 1, end_of_run, mask=exists & (level == LP - 1))
+    tl.store(HotItems + request, splits, mask=exists & (level == 0))
     tl.debug_barrier()
 
     item = tl.arange(0, ITEMS)
@@ -127,7 +127,7 @@ def cut_items(
     last = first_page + (rank + 1) * pages // parts
     out = Items + item * 4
     inside = item < max_items
-    tl.store(out, tl.where(used, (low % KP) << 16 | (low // KP), 0), mask=inside)
+    tl.store(out, tl.where(used, (low % LP) << 16 | (low // LP), 0), mask=inside)
     tl.store(out + 1, tl.where(used, first, 0), mask=inside)
     tl.store(out + 2, tl.where(used, last, 0), mask=inside)
     tl.store(out + 3, tl.where(used, tl.where(rank == parts - 1, valid, PAGE), 0), mask=inside)

@@ -28,12 +28,12 @@ SORT_WARPS, CUT_WARPS = 4, 8
 class PlanTables:
     """What the decode kernel reads; `runs` is the planner's own.
 
-    items       int32 [max_items, 4]: kind << 16 | request, first, end, valid tokens of the last;
+    items       int32 [max_items, 4]: level << 16 | request, first, end, valid tokens of the last;
                 [first, end) of the request's sorted pages, first == end where unused
     item_start  int32 [max_batch + 1], where the items of each request start
-    hot_items   int32 [max_batch], how many of them read pages of kind 0: the first ones
-    pages       int32 [max_batch, max_pages], pages of each request in order of kind
-    runs        int32 [RUN_NUMBERS, max_batch, kinds rounded up to a power of two]
+    hot_items   int32 [max_batch], how many of them read pages of level 0: the first ones
+    pages       int32 [max_batch, max_pages], pages of each request in order of level
+    runs        int32 [RUN_NUMBERS, max_batch, levels rounded up to a power of two]
     """
 
     items: torch.Tensor
@@ -44,28 +44,29 @@ class PlanTables:
 
     @classmethod
     def allocate(
-        cls, max_batch: int, max_pages: int, kinds: int, max_items: int, device: torch.device | str
+        cls, max_batch: int, max_pages: int, levels: int, max_items: int, device: torch.device | str
     ) -> PlanTables:
-        """Empty tables. Raises ValueError when a request of every kind may not get an item each."""
-        if max_items < max_batch * kinds:
+        """Empty tables. Raises ValueError when a request's pages of every level may not get an
+        item each."""
+        if max_items < max_batch * levels:
             raise ValueError(
-                f"max_items: expected at least {max_batch * kinds} for {max_batch} requests with "
-                f"pages of {kinds} kinds, got {max_items}"
+                f"max_items: expected at least {max_batch * levels} for {max_batch} requests with "
+                f"pages of {levels} levels, got {max_items}"
             )
 
         def table(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
-        runs = table(RUN_NUMBERS, max_batch, triton.next_power_of_2(kinds))
+        runs = table(RUN_NUMBERS, max_batch, triton.next_power_of_2(levels))
         return cls(
             table(max_items, 4), table(max_batch + 1), table(max_batch),
             table(max_batch, max_pages), runs,
         )  # fmt: skip
 
 
-def most_items(wave: int, batch: int, kinds: int) -> int:
-    """Items that a plan may make: enough waves of them, and one of every request and kind."""
-    return max(int(MOST_WAVES.value) * wave, batch * kinds)
+def most_items(wave: int, batch: int, levels: int) -> int:
+    """Items that a plan may make: enough waves of them, and one of every request and level."""
+    return max(int(MOST_WAVES.value) * wave, batch * levels)
 
 
 def plan_pages(
@@ -82,22 +83,22 @@ def plan_pages(
 
     req_to_token  int32 [slots, context], token locations
     slots         int [batch], lengths int [batch]
-    page_level    uint8 [num_pages], the kind of each page
+    page_level    uint8 [num_pages], the level of each page
     fewest_pages  of an item, where there are so many
     wave          items that the device runs at once
     """
     batch, (max_batch, max_pages) = len(slots), tables.pages.shape
     if batch > max_batch:
         raise ValueError(f"slots: expected at most {max_batch} requests, got {batch}")
-    kinds = tables.runs.shape[2]
-    runs, max_items = max_batch * kinds, len(tables.items)
-    _sort_launch(page_size, kinds)(
+    levels = tables.runs.shape[2]
+    runs, max_items = max_batch * levels, len(tables.items)
+    _sort_launch(page_size, levels)(
         (batch, 1, 1),
         req_to_token, slots, lengths, page_level, tables.pages, tables.runs, req_to_token.stride(0),
         max_pages, runs,
     )  # fmt: skip
     steps = max(max_pages, runs).bit_length() + 1
-    _cut_launch(page_size, kinds, runs, max_items, fewest_pages, steps)(
+    _cut_launch(page_size, levels, runs, max_items, fewest_pages, steps)(
         (1, 1, 1),
         tables.runs, tables.items, tables.item_start, tables.hot_items, batch, runs, max_items,
         wave,
@@ -105,16 +106,16 @@ def plan_pages(
 
 
 @cache
-def _sort_launch(page_size: int, kinds: int) -> Launch:
-    return Launch(sort_pages, PAGE=page_size, KP=kinds, BLOCK=PAGES_AT_ONCE, num_warps=SORT_WARPS)
+def _sort_launch(page_size: int, levels: int) -> Launch:
+    return Launch(sort_pages, PAGE=page_size, LP=levels, BLOCK=PAGES_AT_ONCE, num_warps=SORT_WARPS)
 
 
 @cache
 def _cut_launch(
-    page_size: int, kinds: int, runs: int, max_items: int, fewest_pages: int, steps: int
+    page_size: int, levels: int, runs: int, max_items: int, fewest_pages: int, steps: int
 ) -> Launch:
     return Launch(
-        cut_items, PAGE=page_size, KP=kinds, BP=triton.next_power_of_2(runs),
+        cut_items, PAGE=page_size, LP=levels, BP=triton.next_power_of_2(runs),
         ITEMS=triton.next_power_of_2(max_items), FEWEST=fewest_pages, STEPS=steps,
         num_warps=CUT_WARPS,
     )  # fmt: skip

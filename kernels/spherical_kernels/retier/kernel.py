@@ -159,10 +159,13 @@ def banded_codes(at, t, channel, inside, BAND: tl.constexpr, TILES: tl.constexpr
 
 
 # what changes from call to call must not make a new binary
-@triton.jit(do_not_specialize=["first_page", "num_pages"], do_not_specialize_on_alignment=["Pages"])
+@triton.jit(
+    do_not_specialize=["first_page", "num_pages"],
+    do_not_specialize_on_alignment=["Pages", "Slices"],
+)
 def reencode_slices(
-    Arena, PageBlocks, Pages, Places, Turns, TurnScales, Scratch, first_page, num_pages,
-    block_bytes,
+    Arena, PageBlocks, Pages, Slices, Places, Offsets, Turns, TurnScales, Scratch, first_page,
+    num_pages, slices, block_bytes, page_bytes,
     SIDE: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, H: tl.constexpr, HOT_BITS: tl.constexpr,
     OT: tl.constexpr, OD: tl.constexpr, OB: tl.constexpr,
@@ -170,16 +173,18 @@ def reencode_slices(
     NEW_SCALES: tl.constexpr, SIZE: tl.constexpr,
     STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Slices of pages [first_page, first_page + num_pages) of one side, coded anew into scratch.
+    """Some slices of pages [first_page, first_page + num_pages), coded anew into scratch.
 
-    Arena       uint8; Scratch uint8 [num_pages, slices, SIZE]
-    Places      int32 [slices = layers * kv_heads, 2 (sides), 2]: slot and byte offset, old level
+    Arena       uint8; Scratch uint8 [num_pages, page_bytes]
+    Slices      int32 [programs], (layer, KV head)s of `slices` = layers * kv_heads
+    Places      int32 [slices, 2 (sides), 2]: slot and byte offset, old level
+    Offsets     int32 [slices, 2 (sides)]: where each goes in a page's scratch
     Turns       float16 [2, slices, D (new), D (old)] and TurnScales float32 [2, slices]: from hot
                 levels into the calibrated frame; unused where HOT_BITS is 0
     O*, N*      the old and the new slice as above; HOT_BITS of a hot old slice, else 0
     """
-    where = tl.program_id(0)
-    slices = tl.num_programs(0)
+    where = tl.load(Slices + tl.program_id(0))
+    offset = tl.multiple_of(tl.load(Offsets + where * 2 + SIDE), 16)
     t = tl.arange(0, PAGE)
     column = tl.arange(0, PADDED)
     channel, inside = channels_of(column, WIDTH, PADDED)
@@ -225,7 +230,7 @@ def reencode_slices(
                 means = means + (tl.sum(y, 0) * (1.0 / PAGE) + near,)
 
         # the centroid: an 8-bit angle code, subtracted as it is stored
-        target = Scratch + (slices.to(tl.int64) * i + where) * SIZE
+        target = Scratch + (tl.multiple_of(page_bytes, 16).to(tl.int64) * i + offset)
         peak = 0.0
         for b in tl.static_range(len(NB)):
             size = tl.abs(means[b])
@@ -320,18 +325,26 @@ def store_runs(
     )
 
 
-@triton.jit(do_not_specialize=["first_page"], do_not_specialize_on_alignment=["Pages"])
-def place_slices(
-    Arena, PageBlocks, Pages, Places, Scratch, first_page, block_bytes,
-    SIDE: tl.constexpr, H: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["first_page"], do_not_specialize_on_alignment=["Pages", "Which"])
+def copy_slices(
+    Arena, PageBlocks, Pages, Which, Places, Offsets, Scratch, first_page, block_bytes, page_bytes,
+    H: tl.constexpr, BLOCK: tl.constexpr, INTO_PAGES: tl.constexpr,
 ):  # fmt: skip
-    """Copies one slice from scratch to its place at the new level; a word is 8 bytes."""
-    where = tl.program_id(0)
+    """One slice, named by `Which`, from scratch to its place in a page, or the other way round.
+
+    Which  int32 [programs], 2 * (layer, KV head) + side; a word is 8 bytes
+    """
+    which = tl.load(Which + tl.program_id(0))
     i = tl.program_id(1)
     page = tl.load(Pages + first_page + i)
-    address = slice_address(PageBlocks, Places, page, where * 2 + SIDE, block_bytes, H)
-    source = Scratch + (i.to(tl.int64) * tl.num_programs(0) + where) * SIZE
+    address = slice_address(PageBlocks, Places, page, which, block_bytes, H)
+    offset = tl.load(Offsets + which)
+    words = (tl.load(Offsets + which + 1) - offset) // 8
+    in_page = (Arena + address).to(tl.pointer_type(tl.int64), bitcast=True)
+    at = Scratch + (i.to(tl.int64) * page_bytes + tl.multiple_of(offset, 16))
+    in_scratch = at.to(tl.pointer_type(tl.int64), bitcast=True)
     word = tl.arange(0, BLOCK)
-    found = tl.load(source.to(tl.pointer_type(tl.int64), bitcast=True) + word, word < SIZE // 8)
-    target = (Arena + address).to(tl.pointer_type(tl.int64), bitcast=True)
-    tl.store(target + word, found, mask=word < SIZE // 8)
+    if INTO_PAGES:
+        tl.store(in_page + word, tl.load(in_scratch + word, word < words), mask=word < words)
+    else:
+        tl.store(in_scratch + word, tl.load(in_page + word, word < words), mask=word < words)

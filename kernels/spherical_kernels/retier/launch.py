@@ -6,8 +6,10 @@ slices of some pages are coded into scratch memory first, then copied to their p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,9 +18,8 @@ import triton
 from ..codec.pages import GAUSSIAN_STEP
 from ..codec.slices import SliceLayout
 from ..device import Launch, has_ptx
-from .kernel import place_slices, reencode_slices
+from .kernel import copy_slices, reencode_slices
 
-SIDES = 0, 1  # keys, values
 SCRATCH_BYTES = 48 << 20
 """Most that the scratch memory takes, where a page is not larger: what stays in an H200's L2."""
 
@@ -72,62 +73,124 @@ class Turns:
         return cls((turn / scale).half().contiguous(), scale.squeeze((-1, -2)).contiguous())
 
 
+@dataclass(frozen=True)
+class Move:
+    """Slices that change from one pattern to another, or keep theirs.
+
+    side    0: keys, 1: values
+    slices  int32 [n], (layer, KV head)s of them, counted through the layers
+    """
+
+    side: int
+    old: SliceLayout
+    new: SliceLayout
+    slices: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What becomes of a page that goes from one level to a lower one, made once for both.
+
+    moves       of all its slices
+    kept        int32 [n], slices of unchanged patterns, as 2 * (layer, KV head) + side
+    whole       int32 [2 * layers * kv_heads], all slices, counted in the same way
+    offsets     int32 [2 * layers * kv_heads + 1], bytes of the page's new slices before each
+    old_places, new_places  int32 [layers, kv_heads, 2 (keys, values), 2 (block of the page, byte
+                offset)]
+    page_bytes  of all new slices of a page
+    most_bytes  of one of them
+    """
+
+    moves: tuple[Move, ...]
+    kept: torch.Tensor
+    whole: torch.Tensor
+    offsets: torch.Tensor
+    old_places: torch.Tensor
+    new_places: torch.Tensor
+    page_bytes: int
+    most_bytes: int
+
+    @classmethod
+    def over(
+        cls,
+        moves: Sequence[Move],
+        old_places: torch.Tensor,
+        new_places: torch.Tensor,
+        new_bytes: Sequence[int],
+    ) -> Moves:
+        """new_bytes: sizes of the new slices in order layer, head, side."""
+        device = old_places.device
+        kept = [2 * move.slices + move.side for move in moves if move.old == move.new]
+        offsets = list(accumulate(new_bytes, initial=0))
+        return cls(
+            tuple(moves),
+            torch.cat([torch.empty(0, dtype=torch.int32, device=device), *kept]),
+            torch.arange(len(new_bytes), dtype=torch.int32, device=device),
+            torch.tensor(offsets, dtype=torch.int32, device=device),
+            old_places.contiguous(),
+            new_places.contiguous(),
+            offsets[-1],
+            max(new_bytes),
+        )
+
+
 def reencode_pages(
     arena: torch.Tensor,
     page_blocks: torch.Tensor,
     pages: torch.Tensor,
-    old: tuple[SliceLayout, SliceLayout],
-    new: tuple[SliceLayout, SliceLayout],
-    old_places: torch.Tensor,
-    new_places: torch.Tensor,
+    moves: Moves,
     turns: Turns,
     block_bytes: int,
     tuning: Tuning | None = None,
     scratch_bytes: int = SCRATCH_BYTES,
 ) -> None:
-    """Re-encodes full, uniform pages from one level to a lower, calibrated one.
+    """Re-encodes full pages from one level to a lower one, whose slices are all calibrated.
 
     arena        uint8, contiguous
     page_blocks  int32 [num_pages, H]; a page keeps its first blocks
     pages        int64 [n], each named once
-    old, new     slice layouts of keys and values at both levels
-    old_places, new_places  int32 [layers, kv_heads, 2 (keys, values), 2 (block of the page, byte
-                 offset)]
-    turns        of this calibration; pages that are calibrated already stay in their frame
+    turns        of this calibration; slices that are calibrated already stay in their frame
     """
-    d, page_size = old[0].head_dim, old[0].page_size
-    for name, side in (("new[0]", new[0]), ("new[1]", new[1])):
-        if not side.calibrated:
-            raise ValueError(f"{name}: expected a calibrated pattern, got {side.pattern.name}")
+    layers, kv_heads = moves.old_places.shape[:2]
+    d, page_size = moves.moves[0].old.head_dim, moves.moves[0].old.page_size
+    for move in moves.moves:
+        if not move.new.calibrated:
+            raise ValueError(f"moves: expected calibrated patterns, got {move.new.pattern.name}")
     if page_size & (page_size - 1):
         raise ValueError(f"page_size: expected a power of two, got {page_size}")
-    slices = old_places.shape[0] * old_places.shape[1]
-    if turns.matrices.shape != (2, *old_places.shape[:2], d, d):
+    if turns.matrices.shape != (2, layers, kv_heads, d, d):
         raise ValueError(
-            f"turns: expected matrices [2, {old_places.shape[0]}, {old_places.shape[1]}, {d}, {d}],"
-            f" got {list(turns.matrices.shape)}"
+            f"turns: expected matrices [2, {layers}, {kv_heads}, {d}, {d}], got "
+            f"{list(turns.matrices.shape)}"
         )
-    page_bytes = [slices * side.size_bytes for side in new]
-    at_once = min(len(pages), max(1, scratch_bytes // sum(page_bytes)))
-    scratch = [
-        torch.empty(at_once * size, dtype=torch.uint8, device=arena.device) for size in page_bytes
-    ]
+    at_once = min(len(pages), max(1, scratch_bytes // moves.page_bytes))
+    scratch = torch.empty(at_once * moves.page_bytes, dtype=torch.uint8, device=arena.device)
     pages = pages.contiguous()
     columns, tuning = page_blocks.shape[1], tuning or tuning_for(d)
+    slices = layers * kv_heads
+    copies = {into: _copy_launch(moves.most_bytes, columns, into) for into in (False, True)}
     for first in range(0, len(pages), at_once):
         count = min(at_once, len(pages) - first)
-        splits = min(count, -(-tuning.programs // slices))
-        for which in SIDES:
-            _code_launch(old[which], new[which], which, columns, tuning, has_ptx(arena.device))(
-                (slices, splits, 1),
-                arena, page_blocks, pages, old_places, turns.matrices, turns.scales, scratch[which],
-                first, count, block_bytes,
+        for move in moves.moves:
+            if move.old == move.new:
+                continue
+            splits = min(count, -(-tuning.programs // len(move.slices)))
+            _code_launch(move.old, move.new, move.side, columns, tuning, has_ptx(arena.device))(
+                (len(move.slices), splits, 1),
+                arena, page_blocks, pages, move.slices, moves.old_places, moves.offsets,
+                turns.matrices, turns.scales, scratch, first, count, slices, block_bytes,
+                moves.page_bytes,
             )  # fmt: skip
-        for which in SIDES:
-            _place_launch(new[which].size_bytes, which, columns)(
-                (slices, count, 1),
-                arena, page_blocks, pages, new_places, scratch[which], first, block_bytes,
-            )  # fmt: skip
+        for into, places, which in (
+            (False, moves.old_places, moves.kept),
+            (True, moves.new_places, moves.whole),
+        ):
+            if len(which):
+                copies[into](
+                    (len(which), count, 1),
+                    arena, page_blocks, pages, which, places, moves.offsets, scratch, first,
+                    block_bytes, moves.page_bytes,
+                )  # fmt: skip
 
 
 @cache
@@ -141,9 +204,9 @@ def _code_launch(
 
 
 @cache
-def _place_launch(size: int, side: int, columns: int) -> Launch:
-    block = int(triton.next_power_of_2(size // 8))
-    return Launch(place_slices, SIDE=side, H=columns, SIZE=size, BLOCK=block)
+def _copy_launch(most_bytes: int, columns: int, into_pages: bool) -> Launch:
+    block = int(triton.next_power_of_2(most_bytes // 8))
+    return Launch(copy_slices, H=columns, BLOCK=block, INTO_PAGES=into_pages)
 
 
 @cache
