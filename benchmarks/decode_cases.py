@@ -58,7 +58,7 @@ class Shape:
 
 
 SHAPES = {
-    "16x32k": (Shape(16, 32768), ("warm", "hot", "cold", "mixed", "random")),
+    "16x32k": (Shape(16, 32768), ("warm", "hot", "cold", "mixed", "random", "heads")),
     "1x8k": (Shape(1, 8192), ("warm",)),
     "1x32k": (Shape(1, 32768), ("warm",)),
     "1x130k": (Shape(1, 131072), ("warm",)),
@@ -69,7 +69,8 @@ SHAPES = {
     "d256": (Shape(16, 16384, 8, 4, 256), ("warm",)),
 }
 """With the tiers measured. mixed: the first page and the last four of a request are hot; random:
-every page is of a random kind."""
+every page is of a random kind; heads: as mixed, but every other KV head is cold where its neighbour
+is warm."""
 
 
 class Batch:
@@ -94,33 +95,38 @@ class Batch:
             (slice_layout(PATTERNS[k], PAGE, d), slice_layout(PATTERNS[v], PAGE, d))
             for k, v in kinds.values()
         )
-        pairs = [sum(side.size_bytes for side in kind) for kind in self.kinds]
+        kind_of = torch.arange(len(self.kinds), dtype=torch.int32).unsqueeze(1).repeat(1, heads)
+        if tier == "heads":
+            kind_of[1, 1::2] = 2
+        self.kind_of = kind_of.tolist()  # [levels][kv_heads]
+        sizes = torch.tensor([[side.size_bytes for side in kind] for kind in self.kinds])
+        by_head = sizes[kind_of.long()]  # [levels, kv_heads, 2 (sides)]
+        pairs = by_head.sum((1, 2)).tolist()
         self.level = self._levels(tier).flatten()  # of every page, request by request
         self.page_ids = torch.randperm(len(self.level), device="cuda")
         self.page_level = torch.empty(len(self.level), dtype=torch.uint8, device="cuda")
         self.page_level[self.page_ids] = self.level
         counts = torch.bincount(self.level.long(), minlength=len(pairs)).tolist()
-        bytes_of = sum(n * pair * heads for n, pair in zip(counts, pairs))
+        bytes_of = sum(n * pair for n, pair in zip(counts, pairs))
         self.bytes = bytes_of + ENTRY_BYTES * heads * len(self.level)
-        layer_bytes = heads * max(pair for pair, n in zip(pairs, counts) if n)
+        layer_bytes = max(pair for pair, n in zip(pairs, counts) if n)
         block_bytes = layers * layer_bytes
         places = torch.zeros(len(pairs), heads, 2, 2, dtype=torch.int32)
-        for kind, (keys, _) in enumerate(self.kinds):
-            places[kind, :, 0, 1] = torch.arange(heads) * pairs[kind]
-            places[kind, :, 1, 1] = places[kind, :, 0, 1] + keys.size_bytes
+        ends = by_head.flatten(1).cumsum(1).view_as(by_head)
+        places[..., 1] = ends - by_head
         blocks = torch.arange(len(self.level), dtype=torch.int32, device="cuda").unsqueeze(1)
         size = len(self.level) * block_bytes
         arena = torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda")
-        kind_of = torch.arange(len(pairs), dtype=torch.int32).unsqueeze(1).repeat(1, heads)
         self.pages = LayerPages(arena, blocks, places.cuda(), kind_of.cuda(), block_bytes)
         step = torch.tensor([0, layer_bytes], dtype=torch.int32)
         places_of = [(places + layer * step).cuda() for layer in range(layers)]
         self.layers: list[LayerPages] = []
         for layer in range(layers):
             self.pages = replace(self.pages, places=places_of[layer])
-            for kind in range(len(self.kinds)):
-                for side, layout in enumerate(self.kinds[kind]):
-                    self._write_radii(layout, self._places(kind, side))
+            for level, kinds in enumerate(self.kind_of):
+                for head, kind in enumerate(kinds):
+                    for side, layout in enumerate(self.kinds[kind]):
+                        self._write_radii(layout, self._places(level, head, side))
             self.layers.append(self.pages)
 
     def _levels(self, tier: str) -> torch.Tensor:
@@ -128,16 +134,16 @@ class Batch:
         if tier == "random":
             return torch.randint(0, 3, shape, dtype=torch.uint8, device="cuda")
         level = torch.zeros(shape, dtype=torch.uint8, device="cuda")
-        if tier == "mixed":
+        if tier in ("mixed", "heads"):
             level[:, 1:-4] = 1
         else:
             level += self.names.index(tier)
         return level
 
-    def _places(self, kind: int, side: int) -> torch.Tensor:
-        """Byte addresses of the slices of a kind: int64 [pages * kv_heads]."""
-        ids = (self.page_level == kind).nonzero()
-        return (ids * self.pages.block_bytes + self.pages.places[kind, :, side, 1]).flatten()
+    def _places(self, level: int, head: int, side: int) -> torch.Tensor:
+        """Byte addresses of a head's slices in the pages of a level: int64 [pages]."""
+        ids = (self.page_level == level).nonzero().flatten()
+        return ids * self.pages.block_bytes + self.pages.places[level, head, side, 1]
 
     def _write_radii(self, layout: SliceLayout, places: torch.Tensor) -> None:
         """Radii that make values of about 1, and the header's scales."""
@@ -166,20 +172,21 @@ class Batch:
         state = empty_state(q)
         for place, request in enumerate(requests):
             mine = slice(request * shape.pages, (request + 1) * shape.pages)
-            for kind in range(len(self.kinds)):
-                ids = self.page_ids[mine][self.level[mine] == kind]
-                for part in ids.split(256):
-                    row_of = torch.arange(heads, device="cuda").repeat(len(part)) + place * heads
-                    sides = [self._side(kind, side, part) for side in range(2)]
-                    valid = torch.full_like(row_of, PAGE)
-                    state = state.merge(attend_entries(q, sides[0], sides[1], row_of, valid))
+            for level, kinds in enumerate(self.kind_of):
+                ids = self.page_ids[mine][self.level[mine] == level]
+                for head, kind in enumerate(kinds):
+                    for part in ids.split(2048):
+                        row_of = torch.full_like(part, place * heads + head)
+                        sides = [self._side(level, head, kind, side, part) for side in range(2)]
+                        valid = torch.full_like(row_of, PAGE)
+                        state = state.merge(attend_entries(q, *sides, row_of, valid))
         return state
 
-    def _side(self, kind: int, side: int, ids: torch.Tensor) -> CodedSide:
+    def _side(self, level: int, head: int, kind: int, side: int, ids: torch.Tensor) -> CodedSide:
         layout, frames = self.kinds[kind][side], self.frames
-        places = ids.unsqueeze(1) * self.pages.block_bytes + self.pages.places[kind, :, side, 1]
+        places = ids * self.pages.block_bytes + self.pages.places[level, head, side, 1]
         offsets = torch.arange(layout.size_bytes, device="cuda")
-        slices = self.pages.arena[places.flatten().unsqueeze(1) + offsets]
+        slices = self.pages.arena[places.unsqueeze(1) + offsets]
         duals = (frames.key_duals, frames.value_duals)[side]
         centre = (frames.key_centre, frames.value_centre)[side]
         return CodedSide(layout, slices, duals[FRAMES.index(layout.pattern.frame)], centre)

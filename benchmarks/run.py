@@ -30,7 +30,7 @@ from timing import copy_gb_s, graph_us, kernel_us
 
 from spherical_kernels.decode.launch import Tuning, tuning_for
 
-TIERS = ("hot", "warm", "cold", "mixed", "random")
+TIERS = ("hot", "warm", "cold", "mixed", "random", "heads")
 Row = dict[str, Any]
 
 
