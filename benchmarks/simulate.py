@@ -145,6 +145,7 @@ class Simulation:
         for req in batch:
             req.req_pool_idx = self.rows.free_slots.pop()
             self.allocator.take(self._pages(req.filled) - self._pages(req.hit_tokens))
+        self._run_forwards(1)
         for req in batch:
             self.tree.cache_unfinished_req(req)
         self.running += batch
@@ -166,12 +167,19 @@ class Simulation:
         pages = sum(self._pages(end) - self._pages(r.filled) for r, end in zip(self.running, ends))
         self._make_room(pages * self.allocator.page_size)
         self.allocator.take(pages)
+        self._run_forwards(max(len(req.answer) for req in self.running))
         for req, end in zip(self.running, ends):
             req.output_ids.extend(req.answer)
             req.filled = end
             self.tree.cache_finished_req(req, kv_len_to_handle=end)
             self.rows.free_slots.append(req.req_pool_idx)
         self.running = []
+
+    def _run_forwards(self, count: int) -> None:
+        """Forward passes, behind which a spherical cache re-encodes what waits."""
+        if isinstance(self.tree, SphericalRadixCache):
+            for _ in range(count):
+                self.tree.forward_launched()
 
     def _make_room(self, tokens: int) -> None:
         short = tokens - self.allocator.available_size()

@@ -32,7 +32,7 @@ class SphericalConfig:
     budget: str = "warm"  # the tier that eligible prefix pages are given at once
     watermark: float = 0.0  # used fraction of memory below which nothing is re-tiered
     high_watermark: float = 1.0  # used fraction above which insertions lower beyond the budget
-    settle_pages: int = 256  # pages that one insertion may re-encode; the rest waits for the next
+    settle_pages: int | None = None  # pages re-encoded between two forward passes; None: by bytes
     recent_tokens: int = 256  # newest tokens of a request that stay hot
     frames: str | None = None  # calibration file; None calibrates online
     kv_bytes: int | None = None  # memory for the pool, in bytes; None sizes it as SGLang does
@@ -62,7 +62,7 @@ class SphericalConfig:
                 f"--spherical-high-watermark {self.high_watermark}: expected a fraction from "
                 f"--spherical-watermark {self.watermark} to 1"
             )
-        if self.settle_pages < 1:
+        if self.settle_pages is not None and self.settle_pages < 1:
             raise ValueError(
                 f"--spherical-settle-pages {self.settle_pages}: expected 1 or more pages"
             )

@@ -60,7 +60,8 @@ _HELP: dict[str, tuple[type, str, str]] = {
     "settle_pages": (
         int,
         "PAGES",
-        "Most pages that one insertion re-encodes; the rest waits for the next one.",
+        "Most pages that are re-encoded for new prefixes between two forward passes; without it as "
+        "many as a GPU does in a millisecond.",
     ),
     "frames": (
         str,

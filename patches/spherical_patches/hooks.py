@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from sglang_spherical.errors import StartupError
@@ -25,9 +26,10 @@ def late(reference: str) -> Hook:
     So registering costs nothing, and a module that fails to import raises in the call that needed
     it, where the exception is not swallowed.
     """
+    resolve = cache(lambda: pkgutil.resolve_name(reference))
 
     def hook(*args: Any, **kwargs: Any) -> Any:
-        return pkgutil.resolve_name(reference)(*args, **kwargs)
+        return resolve()(*args, **kwargs)
 
     hook.__qualname__ = reference
     return hook

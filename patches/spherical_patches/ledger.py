@@ -88,6 +88,14 @@ PATCHES = (
         removable_when="SGLang's plugin loader can be told to fail closed",
     ),
     Patch(
+        target="sglang.srt.managers.scheduler.Scheduler.run_batch",
+        hook_type="AFTER",
+        hook="spherical_patches.scheduling:forward_launched",
+        signature="(self, batch, pp_proxy_tensors=None)",
+        reason="cached prefixes are re-encoded a little behind every forward pass",
+        removable_when="SGLang tells its prefix cache of every step",
+    ),
+    Patch(
         target=f"{_SIZER}._compute_cell_size",
         hook_type="AROUND",
         hook="spherical_patches.pool_sizing:cell_size",

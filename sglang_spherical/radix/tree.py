@@ -32,7 +32,7 @@ from sglang_spherical.retention.distortion import DROPPED, distortions
 from sglang_spherical.retention.executor import execute
 from sglang_spherical.retention.ladder import Ladder
 from sglang_spherical.retention.nodes import ROOT, NodeTable
-from sglang_spherical.retention.operations import NodeView, Operation
+from sglang_spherical.retention.operations import Lower, NodeView, Operation
 from sglang_spherical.retention.policy import relieve, settle
 
 Node = Any  # sglang's TreeNode, plus `levels`: uint8 [pages], and `row` in the table of nodes
@@ -43,6 +43,10 @@ SHARED_HITS = 3
 HIT_WEIGHT = 0.5
 """For the same reason, what one count adds to the reuses of a node."""
 
+SETTLE_BYTES = 160 << 20
+"""Of hot pages that are re-encoded between two forward passes, unless a flag says how many pages:
+what an H200 does in less than a millisecond (docs/kernels.md)."""
+
 
 class SphericalRadixCache(RadixCache):
     """A prefix tree that lowers precision before it forgets.
@@ -50,6 +54,7 @@ class SphericalRadixCache(RadixCache):
     saved_evictable, saved_protected   hot-token equivalents saved by unlocked and by locked nodes
     held_hot   by request in flight: its last node, and the first page of its prefix it reads hot
     unsettled  by last node: the page before which a prefix is still to be given its budget
+    left       pages that may be re-encoded for it before the next forward pass
     table      what the policy knows of the nodes
     """
 
@@ -62,7 +67,8 @@ class SphericalRadixCache(RadixCache):
         self.drops_only = Ladder.of_drops(costs)
         self.table = NodeTable(len(costs))
         self.watermark, self.high_watermark = config.watermark, config.high_watermark
-        self.settle_pages = config.settle_pages
+        page_bytes = self.layout.hot_blocks * self.layout.block_bytes
+        self.settle_pages = config.settle_pages or max(1, SETTLE_BYTES // page_bytes)
         self.recent_tokens = config.recent_tokens
         self.inserted_node: Node = None
         super().__init__(params)
@@ -73,6 +79,7 @@ class SphericalRadixCache(RadixCache):
         self.table.clear()
         self.held_hot: dict[int, tuple[Node, int]] = {}
         self.unsettled: dict[Node, int] = {}
+        self.left = self.settle_pages
         self.saved_evictable = 0
         self.saved_protected = 0
 
@@ -166,7 +173,7 @@ class SphericalRadixCache(RadixCache):
         else:
             self.saved_evictable += gained
 
-    # --- events: insert, evict ---
+    # --- events: insert, forward pass, evict ---
 
     def cache_unfinished_req(self, req: Any, chunked: bool = False) -> None:
         self._count_hit(req)
@@ -198,24 +205,37 @@ class SphericalRadixCache(RadixCache):
         """The first page that holds any of the newest tokens of a prefix of `length` tokens."""
         return max(0, length - self.recent_tokens) // self.page_size
 
-    @timed("insert")
-    def _settle(self, node: Node, length: int) -> None:
-        """Gives the prefix that ends in `node` its budget; what requests read hot stays hot.
+    def forward_launched(self) -> None:
+        """A forward pass is on its way: behind it as much may be re-encoded as the next one can
+        wait for."""
+        self.left = self.settle_pages
+        if self.unsettled and self._may_settle():
+            self._settle_waiting()
 
-        What is more than `settle_pages` waits for the next call, as do older prefixes before it.
-        """
-        if self._used() < self.watermark or not self.allocator.pool.frames.ready:
+    def _settle(self, node: Node, length: int) -> None:
+        """Gives the prefix that ends in `node` its budget; what requests read hot stays hot."""
+        if not self._may_settle():
             return
-        left = self.settle_pages
         if self.budget:
             self.unsettled.pop(node, None)
             self.unsettled = {node: self._recent_page(length)} | self.unsettled
-            tails = self._hot_tails()
-            while left and self.unsettled:
-                left -= self._settle_first(tails, left)
+        self._settle_waiting()
+
+    def _may_settle(self) -> bool:
+        return self._used() >= self.watermark and self.allocator.pool.frames.ready
+
+    @timed("insert")
+    def _settle_waiting(self) -> None:
+        """Lowers what waits, the newest prefix first, and then what the high watermark asks for: no
+        more than is left until the next forward pass."""
+        tails = self._hot_tails() if self.unsettled else {}
+        while self.left and self.unsettled:
+            self.left -= self._settle_first(tails, self.left)
         surplus = math.ceil((self._used() - self.high_watermark) * self.allocator.size)
-        if surplus > 0:
-            execute(self, self._relieve(surplus, drops=False, most_pages=left))
+        if surplus > 0 and self.left:
+            operations = self._relieve(surplus, drops=False, most_pages=self.left)
+            self.left -= sum(len(lower.pages) for lower in operations if isinstance(lower, Lower))
+            execute(self, operations)
 
     def _settle_first(self, tails: dict[int, int], most_pages: int) -> int:
         """Lowers up to `most_pages` of the first unsettled prefix; returns how many."""

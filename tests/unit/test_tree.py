@@ -29,7 +29,7 @@ from sglang_spherical.config import TIERS, SphericalConfig
 from sglang_spherical.pool.allocator import SphericalAllocator
 from sglang_spherical.pool.kv_pool import SphericalKVPool
 from sglang_spherical.pool.layout import SIDES, PageLayout, default_levels
-from sglang_spherical.radix.tree import SphericalRadixCache
+from sglang_spherical.radix.tree import SETTLE_BYTES, SphericalRadixCache
 from sglang_spherical.retention.executor import execute
 from sglang_spherical.retention.operations import SINK_PAGES, Lower
 from spherical_kernels.codec.pages import decode_slices
@@ -93,7 +93,7 @@ class Cache:
     budget: str = "warm"
     watermark: float = 0.0
     high_watermark: float = 1.0
-    settle_pages: int = 256
+    settle_pages: int | None = 256
     layout: PageLayout = LAYOUT
     requests: list[Request] = field(default_factory=list)
 
@@ -149,6 +149,7 @@ class Cache:
         loc = self.allocator.alloc_extend(before, before, after, after, last_loc, end - req.filled)
         assert loc is not None, "available_size() promised it"
         self._fill(req, loc)
+        self.tree.forward_launched()
         if req.prefilled or not last:
             self.tree.cache_unfinished_req(req, chunked=not req.prefilled)
         return True
@@ -164,6 +165,7 @@ class Cache:
         loc = self.allocator.alloc_decode(length, length, last_loc)
         assert loc is not None, "available_size() promised it"
         self._fill(req, loc)
+        self.tree.forward_launched()
         return True
 
     def _fill(self, req: Request, loc: torch.Tensor) -> None:
@@ -597,21 +599,23 @@ def test_the_clock_on_the_wall_decides_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("settle_pages", [1, 2, 3])
-def test_one_insertion_lowers_no_more_than_it_may(settle_pages: int) -> None:
+def test_no_more_than_it_may_is_lowered_between_two_forward_passes(settle_pages: int) -> None:
     cache = Cache(recent=0, settle_pages=settle_pages)
     ready_frames_like_content(cache)
-    cache.serve(pages_of(*LONG[:6]))  # two insertions
-    done = 2 * settle_pages
-    expected = [0, *([WARM] * done)[:5], *[0] * (5 - done)]
-    assert cache.levels(pages_of(*LONG[:6])) == expected, "from the beginning"
-    assert bool(cache.tree.unsettled) == (done <= 5)
-    cache.check()
-    while cache.tree.unsettled:
-        before = sum(cache.levels(pages_of(*LONG[:6])))
-        cache.serve(pages_of(1))  # nothing of its own to lower
-        assert sum(cache.levels(pages_of(*LONG[:6]))) > before or not cache.tree.unsettled
+    cache.serve(pages_of(*LONG[:6]))  # one forward pass, two insertions
+    for done in itertools.count(settle_pages, settle_pages):
+        expected = [0, *([WARM] * done)[:5], *[0] * (5 - done)]
+        assert cache.levels(pages_of(*LONG[:6])) == expected, "from the beginning"
         cache.check()
-    assert cache.levels(pages_of(*LONG[:6])) == [0] + [WARM] * 5
+        if not cache.tree.unsettled:
+            break
+        cache.tree.forward_launched()  # nothing has been inserted
+    assert done >= 5
+
+
+def test_the_default_is_by_bytes() -> None:
+    page = LAYOUT.hot_blocks * LAYOUT.block_bytes
+    assert Cache(settle_pages=None).tree.settle_pages == SETTLE_BYTES // page
 
 
 def test_what_waits_to_settle_may_be_dropped_or_flushed() -> None:
@@ -631,17 +635,19 @@ def test_waiting_pages_that_a_request_reads_hot_stay_hot() -> None:
     cache = Cache(recent=0, settle_pages=1)
     ready_frames_like_content(cache)
     cache.serve(pages_of(*LONG[:6]))
-    assert cache.levels(pages_of(*LONG[:6])) == [0, WARM, WARM, 0, 0, 0]
+    assert cache.levels(pages_of(*LONG[:6])) == [0, WARM, 0, 0, 0, 0]
     reader = cache.start(pages_of(*LONG))
     assert cache.prefill(reader, PAGE, last=False)  # its prompt is under way
+    before = cache.levels(pages_of(*LONG[:6]))
     for _ in range(3):
         cache.serve(pages_of(1))
-    assert cache.levels(pages_of(*LONG[:6])) == [0, WARM, WARM, 0, 0, 0]
+        cache.tree.forward_launched()
+    assert cache.levels(pages_of(*LONG[:6])) == before
     assert cache.prefill(reader, PAGE, last=False)
     cache.finish(reader)
-    assert cache.levels(pages_of(*LONG)) == [0, WARM, WARM, WARM, WARM, 0, 0, 0]
-    for _ in range(3):
-        cache.serve(pages_of(1))
+    assert cache.levels(pages_of(*LONG))[-3:] == [0, 0, 0], "the last ones wait"
+    while cache.tree.unsettled:
+        cache.tree.forward_launched()
     assert cache.levels(pages_of(*LONG)) == [0] + [WARM] * 7
     cache.check()
 
