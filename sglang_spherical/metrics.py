@@ -7,6 +7,7 @@ in SGLang's own metrics; bytes are that rank's.
     spherical:pages, spherical:bytes {tier}           gauges: what the cache holds now
     spherical:free_tokens, spherical:capacity_tokens  gauges: hot-token equivalents
     spherical:retiered_pages_total {from_tier, to_tier}
+    spherical:promoted_pages_total {from_tier}         pages replaced by a request's hot originals
     spherical:dropped_pages_total {tier}              pages forgotten under memory pressure
     spherical:hit_tokens_total {tier}                 cached tokens that requests started from
     spherical:moved_bytes_total                       of blocks that re-tiering read and wrote
@@ -43,6 +44,9 @@ class NoMetrics:
 
     def retiered(self, old: int, new: int, pages: int, free_tokens: int) -> None:
         """`pages` pages went from level `old` to level `new`."""
+
+    def promoted(self, level: int, pages: int, free_tokens: int) -> None:
+        """`pages` pages went from `level` to hot, whose originals were at hand."""
 
     def dropped(self, level: int, pages: int) -> None:
         """The tree forgot `pages` pages to make room; `changed` is told of them too."""
@@ -103,6 +107,11 @@ class PrometheusMetrics(NoMetrics):
             for new in range(len(tiers))
             for old in range(new)
         }
+        promoted = counter("promoted_pages_total", "Pages replaced by hot originals.", "from_tier")
+        self.promotions = {
+            level: promoted.labels(**labels, from_tier=tiers[level])
+            for level in range(1, len(tiers))
+        }
         text = "Bytes of blocks that re-tiering read and wrote."
         self.moved_bytes = counter("moved_bytes_total", text).labels(**labels)
         seconds = Histogram(
@@ -128,6 +137,12 @@ class PrometheusMetrics(NoMetrics):
         self.moved_bytes.inc(pages * (self.page_bytes[old] + self.page_bytes[new]))
         self._hold(old, self.held[old] - pages)
         self._hold(new, self.held[new] + pages)
+        self.free_tokens.set(free_tokens)
+
+    def promoted(self, level: int, pages: int, free_tokens: int) -> None:
+        self.promotions[level].inc(pages)
+        self._hold(level, self.held[level] - pages)
+        self._hold(0, self.held[0] + pages)
         self.free_tokens.set(free_tokens)
 
     def dropped(self, level: int, pages: int) -> None:

@@ -14,6 +14,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from sglang_spherical.config import TIERS
 from sglang_spherical.metrics import PREFIX
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Snapshot:
     """What a server said at one moment; counts of data-parallel ranks are summed.
 
     pages, bytes, hits, drops  by tier, finest first
-    moves                      pages re-encoded, by (from, to) tier
+    moves                      pages re-encoded or promoted, by (from, to) tier
     retention                  (calls, seconds) by trigger
     own                        some of SGLang's own gauges, by name
     """
@@ -135,7 +136,8 @@ def parse(text: str, url: str = "") -> Snapshot:
         bytes=by_tier("bytes"),
         hits=by_tier("hit_tokens_total"),
         drops=by_tier("dropped_pages_total"),
-        moves={(k[0], k[1]): v for k, v in sums[f"{PREFIX}retiered_pages_total"].items()},
+        moves={(k[0], k[1]): v for k, v in sums[f"{PREFIX}retiered_pages_total"].items()}
+        | {(tier, TIERS[0]): v for tier, v in by_tier("promoted_pages_total").items()},
         retention={key[0]: (calls[key], seconds[key]) for key in calls},
         own={name: one(f"sglang:{name}") for name in own if f"sglang:{name}" in sums},
     )
@@ -178,7 +180,7 @@ def _tiers(now: Snapshot, before: Snapshot | None) -> Table:
 
 
 def _moves(now: Snapshot, before: Snapshot | None) -> Table:
-    """Pages re-encoded, by way, and the bytes that took."""
+    """Pages re-encoded or promoted, by way, and the bytes that took."""
     per = "/s" if before else ""
     table = _table("re-tiered", f"pages{per}", f"MiB moved{per}")
     for key, pages in now.moves.items():

@@ -130,6 +130,29 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):
         self.free_tokens += len(pages) * (cost[old] - cost[new])
         self.metrics.retiered(old, new, len(pages), self.free_tokens)
 
+    def promote(self, pages: torch.Tensor, level: int, originals: torch.Tensor) -> int:
+        """Gives tree-owned pages int64 [n] at `level` the storage of hot pages int64 [n] with the
+        same tokens, which keep being hot pages, of no content, for their owner to free.
+
+        Returns how many there was memory for: the first ones.
+        """
+        layout = self.pool.layout
+        more = self.page_size - layout.cost_tokens[level]
+        count = min(len(pages), self.free_tokens // more) if more else len(pages)
+        pages, originals = pages[:count], originals[:count]
+        owned, whole = layout.blocks[level], layout.hot_blocks
+        needed = count * (whole - owned)
+        taken, self.free_blocks = self.free_blocks[:needed], self.free_blocks[needed:]
+        self.free_tokens -= count * more
+        with self.pool.order.after_forwards(pages, originals, taken):
+            table = self.pool.arena.page_blocks
+            left = torch.cat((table[pages, :owned], taken.view(count, -1)), 1)
+            table[pages] = table[originals]
+            table[originals] = left
+            self.pool.arena.set_level(pages, 0)
+        self.metrics.promoted(level, count, self.free_tokens)
+        return count
+
     def _take_pages(self, count: int) -> torch.Tensor | None:
         """Ids [count] of new hot pages, placed on blocks; None when memory is short."""
         if count * self.page_size > self.free_tokens:

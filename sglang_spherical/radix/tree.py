@@ -55,6 +55,7 @@ class SphericalRadixCache(RadixCache):
     held_hot   by request in flight: its last node, and the first page of its prefix it reads hot
     unsettled  by last node: the page before which a prefix is still to be given its budget
     left       pages that may be re-encoded for it before the next forward pass
+    own_from   while a request is inserted: the token from which on its pages are its own
     table      what the policy knows of the nodes
     """
 
@@ -71,6 +72,7 @@ class SphericalRadixCache(RadixCache):
         self.settle_pages = config.settle_pages or max(1, SETTLE_BYTES // page_bytes)
         self.recent_tokens = config.recent_tokens
         self.inserted_node: Node = None
+        self.own_from: int | None = None
         super().__init__(params)
 
     def reset(self) -> None:
@@ -120,6 +122,8 @@ class SphericalRadixCache(RadixCache):
             before, end = prefix_length // self.page_size, length // self.page_size
             last.levels = np.zeros(end - before, np.uint8)
             last.row = self.table.add(last, last.parent.row, before, last.levels)
+        if self.own_from is not None:
+            self._promote(last, value, self.own_from, prefix_length)
         self.table.touch([node.row for node in self._path(last)])
         self.inserted_node = last
         return prefix_length, last
@@ -173,11 +177,31 @@ class SphericalRadixCache(RadixCache):
         else:
             self.saved_evictable += gained
 
+    def _promote(self, last: Node, value: torch.Tensor, start: int, end: int) -> None:
+        """Where pages before `last` are below the budget, and a request brings its own of the same
+        tokens [start, end), the tree takes these.
+
+        value  token locations of the whole prefix, as the request has them
+        """
+        for view in self._views(list(self._path(last))[::-1]):
+            first = (view.first_page + np.arange(len(view.levels))) * self.page_size
+            wanted = (view.levels > self.budget) & (first >= start) & (first < end)
+            for level in np.unique(view.levels[wanted]):
+                chosen = np.flatnonzero(wanted & (view.levels == level))
+                places = to_device(first[chosen], value.device)
+                index = to_device(chosen, value.device)
+                count = self.allocator.promote(
+                    self.page_ids(view.node)[index], int(level), value[places] // self.page_size
+                )
+                self.record_levels(view.node, chosen[:count], 0)
+
     # --- events: insert, forward pass, evict ---
 
     def cache_unfinished_req(self, req: Any, chunked: bool = False) -> None:
         self._count_hit(req)
+        self.own_from = req.cache_protected_len
         super().cache_unfinished_req(req, chunked=chunked)
+        self.own_from = None
         if self.disable:
             return
         length = len(req.get_fill_ids())
@@ -190,7 +214,9 @@ class SphericalRadixCache(RadixCache):
         self, req: Any, is_insert: bool = True, *, kv_len_to_handle: int
     ) -> None:
         self._count_hit(req)
+        self.own_from = req.cache_protected_len
         super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle)
+        self.own_from = None
         self.held_hot.pop(id(req), None)
         if not self.disable and is_insert and not self.disable_finished_insert:
             self._settle(self.inserted_node, kv_len_to_handle)

@@ -126,6 +126,17 @@ def test_what_left_a_tier_went_to_another_or_was_dropped() -> None:
     assert cache.value("retention_seconds_sum", trigger="evict") > 0
 
 
+def test_promotions_are_counted() -> None:
+    cache = Cache()
+    cached, originals = (cache.allocator.alloc(2 * PAGE)[::PAGE] // PAGE for _ in range(2))
+    cache.allocator.lower(cached, 0, 1)
+    assert cache.by_tier("pages")[:2] == [2, 2]
+    assert cache.allocator.promote(cached, 1, originals) == 2
+    assert cache.by_tier("pages")[:2] == [4, 0]
+    assert cache.value("promoted_pages_total", from_tier=cache.tiers[1]) == 2
+    assert cache.value("free_tokens") == cache.allocator.available_size()
+
+
 def test_hits_are_counted_once_by_tier() -> None:
     cache = Cache()
     tokens = [i % 7 for i in range(5 * PAGE)]

@@ -32,6 +32,7 @@ def exposition() -> str:
     metrics = PrometheusMetrics(LAYOUT, 64 * PAGE, {"model_name": "m"}, registry)
     metrics.changed(0, 10, 54 * PAGE)
     metrics.retiered(0, len(TIERS) - 1, 4, 56 * PAGE)
+    metrics.promoted(len(TIERS) - 1, 0, 56 * PAGE)
     metrics.started([np.array([0, 0, len(TIERS) - 1], np.uint8)])
     metrics.retained("evict", 0.25)
     metrics.dropped(1, 3)
@@ -77,7 +78,7 @@ def test_a_snapshot_is_what_the_metrics_say() -> None:
     assert now.capacity_tokens == 64 * PAGE and now.free_tokens == 56 * PAGE
     assert now.hits[TIERS[0]] == 2 * PAGE and now.hits[TIERS[-1]] == PAGE
     assert now.drops[TIERS[1]] == 3
-    assert now.moves[TIERS[0], TIERS[-1]] == 4
+    assert now.moves[TIERS[0], TIERS[-1]] == 4 and now.moves[TIERS[-1], TIERS[0]] == 0
     assert now.retention["evict"] == (1, 0.25)
     blocks = LAYOUT.blocks[0] + LAYOUT.blocks[-1]
     assert now.moved_bytes == 4 * blocks * LAYOUT.block_bytes

@@ -652,6 +652,46 @@ def test_waiting_pages_that_a_request_reads_hot_stay_hot() -> None:
     cache.check()
 
 
+def test_hot_originals_replace_what_is_colder_than_the_budget() -> None:
+    """Two requests compute the same prompt; the first one's pages have been lowered when the second
+    one brings its own."""
+    cache = Cache(recent=0, pages=20)
+    ready_frames_like_content(cache)
+    first, second = (cache.start(pages_of(*LONG[:6])) for _ in range(2))
+    assert cache.prefill(first, MAX_TOKENS, last=False)
+    cache.finish(first)
+    while max(cache.levels(pages_of(*LONG[:6]))) < COLD:
+        cache.tree.evict(EvictParams(1))
+    lowered = cache.levels(pages_of(*LONG[:6]))
+    assert {COLD} <= set(lowered) <= {0, WARM, COOL, COLD}
+    assert cache.prefill(second, MAX_TOKENS, last=False)
+    assert cache.levels(pages_of(*LONG[:6])) == [0] + [WARM] * 5
+    cache.check()
+    cache.finish(second)
+    cache.check()
+
+
+def test_a_promotion_takes_no_more_memory_than_is_free() -> None:
+    cache = Cache(recent=0, pages=20, settle_pages=1)
+    ready_frames_like_content(cache)
+    first, second = (cache.start(pages_of(*LONG[:6])) for _ in range(2))
+    assert cache.prefill(first, MAX_TOKENS, last=False)
+    cache.finish(first)
+    while min(cache.levels(pages_of(*LONG[:6]))[1:]) < COLD:
+        cache.tree.evict(EvictParams(1))
+    room = 2 * (PAGE - COST[COLD]) + 1  # for two promotions
+    spare = (cache.allocator.available_size() - 6 * PAGE - room) // PAGE * PAGE
+    taken = cache.allocator.alloc(spare)
+    left = cache.allocator.available_size() - 6 * PAGE
+    assert cache.prefill(second, MAX_TOKENS, last=False)
+    levels = cache.levels(pages_of(*LONG[:6]))
+    promoted = left // (PAGE - COST[COLD])
+    assert 2 <= promoted <= 4 and levels[1 + promoted :] == [COLD] * (5 - promoted)
+    assert set(levels[1 : 1 + promoted]) <= {0, WARM}
+    cache.allocator.free(taken)
+    cache.check()
+
+
 def test_above_the_high_watermark_insertions_lower_beyond_the_budget() -> None:
     cache = Cache(recent=0, high_watermark=0.7)
     ready_frames_like_content(cache)
