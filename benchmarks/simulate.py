@@ -88,6 +88,12 @@ class CountingAllocator:
         costs = self.pool.layout.cost_tokens
         self.free_tokens += len(pages) * (costs[old] - costs[new])
 
+    def promote(self, pages: torch.Tensor, level: int, originals: torch.Tensor) -> int:
+        more = self.page_size - self.pool.layout.cost_tokens[level]
+        count = min(len(pages), self.free_tokens // more) if more else len(pages)
+        self.free_tokens -= count * more
+        return count
+
 
 class Request:
     """What a tree reads of SGLang's Req, and the answer that it will get."""

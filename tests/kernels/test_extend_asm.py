@@ -7,8 +7,8 @@ import pytest
 
 from spherical_kernels.codec.patterns import PATTERNS, Pattern
 from spherical_kernels.codec.slices import slice_layout
-from spherical_kernels.extend.kernel import unpack_asm
 from spherical_kernels.extend.launch import kernel_constants
+from spherical_kernels.extend.operands import unpack_asm
 
 
 def halves(word: int) -> np.ndarray:
