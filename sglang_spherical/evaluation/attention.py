@@ -7,6 +7,7 @@ is at the tier that is being measured, but for the first page, whose sinks stay 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -45,16 +46,8 @@ class CodedRead:
     errors: LayerErrors
 
 
-class MeasuredAttention:
-    """The attention of every layer of one model: dense, or through codes.
-
-    coded      how prefixes are read; None attends densely
-    observers  what learns from the windows that pass
-    """
-
-    def __init__(self) -> None:
-        self.coded: CodedRead | None = None
-        self.observers: Sequence[Observer] = ()
+class WindowAttention(ABC):
+    """The attention of every layer of one model, of causal windows without padding."""
 
     def install(self, model: Any) -> None:
         """Makes `model` attend through this object. The newest installation wins in a process."""
@@ -75,7 +68,7 @@ class MeasuredAttention:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """transformers' attention interface, for one causal window without padding.
+        """transformers' attention interface.
 
         query [1, q_heads, tokens, d], key and value [1, kv_heads, tokens, d].
         Returns [1, tokens, q_heads, d].
@@ -83,19 +76,40 @@ class MeasuredAttention:
         for name in ("sliding_window", "softcap", "s_aux"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"--model: its attention uses {name}, which is not served")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = self.attend(module.layer_idx, query, key, value, scale).to(query.dtype)
+        return out.transpose(0, 1).unsqueeze(0).contiguous(), None
+
+    @abstractmethod
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """One layer's output, [q_heads, tokens, d]."""
+
+
+class MeasuredAttention(WindowAttention):
+    """Attention that is dense, or through codes.
+
+    coded      how prefixes are read; None attends densely
+    observers  what learns from the windows that pass
+    """
+
+    def __init__(self) -> None:
+        self.coded: CodedRead | None = None
+        self.observers: Sequence[Observer] = ()
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         q, k, v = query[0], key[0], value[0]
-        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
         for observe in self.observers:
-            observe(module.layer_idx, q, k, v)
+            observe(layer, q, k, v)
         if self.coded is None:
-            out = scaled_dot_product_attention(
+            return scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=scale, enable_gqa=True
             )[0]
-        else:
-            grouped = q.float().unflatten(0, (len(k), -1)) * scale
-            out = attend_codes(self.coded, module.layer_idx, grouped, k.float(), v.float())
-            out = out.flatten(0, 1).to(q.dtype)
-        return out.transpose(0, 1).unsqueeze(0).contiguous(), None
+        grouped = q.float().unflatten(0, (len(k), -1)) * scale
+        return attend_codes(self.coded, layer, grouped, k.float(), v.float()).flatten(0, 1)
 
 
 def attend_codes(

@@ -17,13 +17,13 @@ import torch
 
 from sglang_spherical.config import SphericalConfig
 from sglang_spherical.evaluation import inputs
+from sglang_spherical.evaluation.attention import WindowAttention
 from sglang_spherical.evaluation.coding import TierCoder
 from sglang_spherical.frame_file import CHOICES
 from sglang_spherical.pool.frames import Frames
 from sglang_spherical.pool.layout import Level, default_levels
 from spherical_kernels.codec.patterns import Pattern
 
-ATTENTION_NAME = "sglang_spherical_gradients"
 SEED = 0
 """Of the tokens drawn: the same model and text give the same distortions."""
 
@@ -49,7 +49,7 @@ class Coder:
         return TierCoder(self.frames, (self.hot,)).store(layer, side, x, 0)
 
 
-class Gradients:
+class Gradients(WindowAttention):
     """Attention that keeps keys and values, whose gradients come from later pages alone.
 
     page_size  tokens of a page
@@ -60,38 +60,15 @@ class Gradients:
         self.page_size = page_size
         self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def install(self, model: Any) -> None:
-        """Makes `model` attend through this object. The newest installation wins in a process."""
-        from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-        AttentionInterface.register(ATTENTION_NAME, self.forward)
-        AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
-        model.set_attn_implementation(ATTENTION_NAME)
-
-    def forward(
-        self,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """transformers' attention interface, for one causal window without padding.
-
-        query [1, q_heads, tokens, d], key and value [1, kv_heads, tokens, d].
-        Returns [1, tokens, q_heads, d].
-        """
-        if module.layer_idx not in self.seen:  # else it is done again, for the way back
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        if layer not in self.seen:  # else it is done again, for the way back
             key.retain_grad()
             value.retain_grad()
-            self.seen[module.layer_idx] = key, value
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            self.seen[layer] = key, value
         q, k, v = query[0].float() * scale, key[0].float(), value[0].float()
-        out = attend(q, k, v, self.page_size).to(query.dtype)
-        return out.transpose(0, 1).unsqueeze(0).contiguous(), None
+        return attend_later(q, k, v, self.page_size)
 
     def pull(self, model: Any, ids: torch.Tensor, generator: torch.Generator) -> None:
         """Fills `seen` from a window int64 [tokens]: the gradients of a token drawn for each."""
@@ -103,7 +80,7 @@ class Gradients:
         logits.log_softmax(-1).gather(-1, drawn).sum().backward()
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, page_size: int) -> torch.Tensor:
+def attend_later(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, page_size: int) -> torch.Tensor:
     """Causal attention of a window; keys and values of a query's own page take no gradient.
 
     q [q_heads, tokens, d], scaled; k and v [kv_heads, tokens, d]. Returns the output, of q's shape.

@@ -22,7 +22,7 @@ PAGE, TOKENS = 16, 64
 def test_attention_is_causal_and_only_later_pages_pull() -> None:
     q = normal(4, 3 * PAGE, 16, seed=1)
     k, v = (normal(2, 3 * PAGE, 16, seed=seed).requires_grad_() for seed in (2, 3))
-    out = gradients.attend(q * 16**-0.5, k, v, PAGE)
+    out = gradients.attend_later(q * 16**-0.5, k, v, PAGE)
     whole = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     assert torch.allclose(out, whole, atol=1e-5)
     out[:, PAGE : 2 * PAGE].square().sum().backward()
@@ -37,7 +37,7 @@ def test_gradients_are_those_of_moving_what_later_pages_read(side: int) -> None:
     """Against what attention's output becomes when a page's keys or values move a little."""
     q, k, v = (normal(heads, TOKENS, 8, seed=seed).double() for seed, heads in enumerate((4, 2, 2)))
     pulled = k.clone().requires_grad_(), v.clone().requires_grad_()
-    gradients.attend(q, *pulled, PAGE).sin().sum().backward()
+    gradients.attend_later(q, *pulled, PAGE).sin().sum().backward()
     grad = pulled[side].grad
     assert grad is not None
     page, later = slice(PAGE, 2 * PAGE), slice(2 * PAGE, None)
