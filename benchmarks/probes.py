@@ -1,6 +1,7 @@
 """What perplexity hides: is what a model finds in a long dense context found in every tier too?
 
-usage: python benchmarks/probes.py --model DIR --text FILE [--json OUT] [-- FLAGS of every server]
+usage: python benchmarks/probes.py --model DIR --text FILE [--frames FILE] [--json OUT]
+       [-- FLAGS of every server]
 
 Needles, quotations and chains of variables (`probe_items.py`) in haystacks made of the text; greedy
 answers, scored by exact string match. One server after another: a dense one, then one per tier,
@@ -8,12 +9,12 @@ which is asked only what the dense one found. A haystack goes in as a request of
 pages then go to the server's budget; each question is a second request over that cached prefix. A
 reply is refused unless the prefix came from the cache and, by the server's own count of the memory
 that the request holds, was at the tier. A tier's server first reads 2,048 tokens that are in no
-haystack, from which it learns its frames. On a GPU the dense server attends with FlashInfer, which
-wants --dtype bfloat16.
+haystack, from which it learns its frames where no calibration file has them. On a GPU the dense
+server attends with FlashInfer, which wants --dtype bfloat16.
 
 What --json leaves:
 
-    model, text, seed, dtype, flags   what decides the answers
+    model, text, seed, dtype, frames, flags   what decides the answers
     items[]     kind, length [tokens of haystack, question and answer], depth [0 to 1], question,
                 expected, answers {server: text}, found {server: bool}; of the servers asked
     summary     {kind or `all`: {length or `all`: {asked, dense: found by the dense server,
@@ -53,8 +54,9 @@ HELD = re.compile(r"Decode batch.*#(?:full )?token: (\d+)")
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError, in one line, on arguments that cannot hold."""
     require_model(args.model)
-    if not args.text.is_file():
-        raise ValueError(f"--text {args.text}: no such file")
+    for flag, file in (("text", args.text), ("frames", args.frames)):
+        if file is not None and not file.is_file():
+            raise ValueError(f"--{flag} {file}: no such file")
     for flag, given, known in (("kinds", args.kinds, KINDS), ("tiers", args.tiers, TIERS)):
         for name in given:
             if name not in known:
@@ -110,6 +112,7 @@ def plan(args: argparse.Namespace) -> Run:
         "text": args.text.name,
         "seed": args.seed,
         "dtype": args.dtype,
+        "frames": args.frames and args.frames.name,
         "flags": args.flags,
     }
     partial = args.json and args.json.with_name(f"{args.json.name}.partial")
@@ -129,6 +132,8 @@ def server_args(server: str, args: argparse.Namespace, haystack_tokens: list[int
     if server == DENSE:
         return [*common, "--attention-backend", "flashinfer" if has_gpu() else "torch_native"]
     tier = ["--kv-format", "spherical", "--spherical-budget", server]
+    if args.frames is not None:
+        tier += ["--spherical-frames", str(args.frames)]
     return [*common, *tier, "--decode-log-interval", "1"]
 
 
@@ -238,6 +243,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--frames", type=Path, help="calibration file of the tiers' servers")
     parser.add_argument("--json", type=Path)
     parser.add_argument("flags", nargs="*", help="after --: further flags of every server")
     return parser.parse_args(argv)

@@ -314,13 +314,14 @@ def test_a_prefix_at_another_tier_is_not_scored() -> None:
 
 
 def test_a_tier_has_room_for_every_haystack(model: Path) -> None:
-    args = parsed(model, "--", "--page-size", "32")
+    args = parsed(model, "--frames", "f.safetensors", "--", "--page-size", "32")
     dense, warm = (probes.server_args(name, args, [2000, 8000]) for name in (DENSE, "warm"))
     room = [int(flags[flags.index("--max-total-tokens") + 1]) for flags in (dense, warm)]
     asked = 12 * QUESTION_TOKENS
     assert room[0] >= 8000 + asked and room[1] >= 10000 + 2 * asked + probes.FRAME_TOKENS
     assert all(tokens % 64 == 0 for tokens in room)
-    assert "--kv-format" not in dense
+    assert "--kv-format" not in dense and "--spherical-frames" not in dense
+    assert warm[warm.index("--spherical-frames") + 1] == "f.safetensors"
     for flags in (dense, warm):
         assert flags[flags.index("--page-size") + 1] == "32"
     assert warm[warm.index("--spherical-budget") + 1] == "warm"
@@ -347,6 +348,7 @@ def parsed(model: Path, *more: str) -> argparse.Namespace:
     ("more", "message"),
     [
         (("--text", "none.txt"), "--text none.txt: no such file"),
+        (("--frames", "none.st"), "--frames none.st: no such file"),
         (("--model", "none"), "--model none: expected a model directory"),
         (("--kinds", "riddle"), "--kinds riddle: expected any of single, multikey, quote, trace"),
         (("--tiers", "tepid"), "--tiers tepid: expected any of hot, warm, cool, cold, frozen"),
