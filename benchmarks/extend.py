@@ -98,9 +98,8 @@ class Batch:
             (slice_layout(PATTERNS[k], PAGE, d), slice_layout(PATTERNS[v], PAGE, d))
             for k, v in TIERS
         )
-        ends = torch.arange(len(self.kinds) + 1, dtype=torch.int32).unfold(
-            0, 2, 1
-        )  # level i: kind i
+        # kind i at level i
+        ends = torch.arange(len(self.kinds) + 1, dtype=torch.int32).unfold(0, 2, 1)
         self.kind_levels = ends.unsqueeze(1).expand(-1, heads, -1).contiguous().cuda()
         pages = -(-shape.prefix // PAGE)
         self.levels = torch.full((pages,), shape.level, dtype=torch.uint8, device="cuda")
@@ -164,17 +163,9 @@ class Batch:
             tables, self.kinds, heads, self.shape.kv_heads, device, tuning
         )
         return lambda: run_extend(
-            tables,
-            self.q,
-            self.k,
-            self.v,
-            self.arena,
-            self.entries,
-            self.kind_levels,
-            self.frames,
-            self.scale,
-            work,
-        )
+            tables, self.q, self.k, self.v, self.arena, self.entries, self.kind_levels, self.frames,
+            self.scale, work,
+        )  # fmt: skip
 
     def expected(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The reference's attention of some tokens: [tokens, heads, d] and [tokens, heads]."""

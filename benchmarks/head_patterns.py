@@ -33,6 +33,7 @@ from sglang_spherical.evaluation.gradients import Coder
 from sglang_spherical.evaluation.scores import LayerErrors, RunScores, compare
 from sglang_spherical.frame_file import CHOICES
 from sglang_spherical.pool.arena import KEYS, VALUES
+from sglang_spherical.pool.choice import under_budget
 from sglang_spherical.pool.frames import Frames
 from spherical_kernels.codec.patterns import FrameKind, Pattern
 from spherical_kernels.codec.slices import slice_layout
@@ -83,21 +84,10 @@ class Chosen:
 def choose(distortion: torch.Tensor, sizes: torch.Tensor, budget: float) -> torch.Tensor:
     """The choice [2, layers, kv_heads] of least distortion [2, layers, kv_heads, choices] whose
     slices take `budget` bytes on average. sizes [2, choices] in bytes."""
-    price = sizes[:, None, None]
-    low, high = 0.0, float(distortion.max())
-    for _ in range(100):
-        middle = (low + high) / 2
-        picked = (distortion + middle * price).argmin(-1)
-        if mean_bytes(picked, sizes) > budget:
-            low = middle
-        else:
-            high = middle
-    return (distortion + high * price).argmin(-1)
-
-
-def mean_bytes(picked: torch.Tensor, sizes: torch.Tensor) -> float:
-    """Bytes of a slice on average."""
-    return float(torch.stack([sizes[side][picked[side]] for side in (KEYS, VALUES)]).mean())
+    loss = distortion.cpu().flatten(0, 2).numpy()
+    each = sizes.cpu().repeat_interleave(len(loss) // len(sizes), 0).numpy()
+    picked = under_budget(loss, each, budget * len(loss))
+    return torch.from_numpy(picked).view(distortion.shape[:-1])
 
 
 class Study:

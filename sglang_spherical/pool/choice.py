@@ -80,7 +80,7 @@ def _fitting(layout: PageLayout, level: int, loss: Loss, sizes: Rows, own: Rows)
     blocks, every = layout.blocks[level], np.arange(len(loss))
     budget = whole = float(blocks * layout.block_bytes)
     while budget > whole / 2:
-        picked = _under_budget(loss, sizes.sum(1), budget)
+        picked = under_budget(loss, sizes.sum(1, keepdims=True).T, budget)
         if loss[every, picked].sum() >= loss[every, own].sum():
             break
         if pack_mixed(sizes[picked].flatten().tolist(), blocks, layout.block_bytes) is not None:
@@ -89,13 +89,18 @@ def _fitting(layout: PageLayout, level: int, loss: Loss, sizes: Rows, own: Rows)
     return own
 
 
-def _under_budget(loss: Loss, sizes: Rows, budget: float) -> Rows:
-    """The choice [slices] of least loss whose sizes sum up to at most `budget`, or nearly so: the
-    Lagrangian's, whose price of a byte is the lowest that keeps the budget."""
+def under_budget(loss: Loss, sizes: Rows, budget: float) -> Rows:
+    """The choices [slices] of least loss [slices, choices] whose sizes sum up to at most `budget`,
+    or nearly so: the Lagrangian's, whose price of a byte is the lowest that keeps the budget.
+
+    sizes  [slices or 1, choices] in bytes
+    """
     low, high = 0.0, float(loss[np.isfinite(loss)].max()) + 1.0
+    each = np.broadcast_to(sizes, loss.shape)
     for _ in range(STEPS):
         middle = (low + high) / 2
-        if sizes[(loss + middle * sizes).argmin(1)].sum() > budget:
+        picked = (loss + middle * sizes).argmin(1)
+        if np.take_along_axis(each, picked[:, None], 1).sum() > budget:
             low = middle
         else:
             high = middle
