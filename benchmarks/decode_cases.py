@@ -90,7 +90,7 @@ class Batch:
             [signed_hadamard(d).expand(heads, d, d), calibrated_frame(gain, spread)[1]]
         ).cuda()
         centre = torch.randn(2, heads, d, device="cuda")
-        self.frames = LayerFrames(duals, duals, centre[0], centre[1])
+        self.frames = LayerFrames.over(duals, duals, centre[0], centre[1])
         self.scale = 0.5 / math.sqrt(d)
         self.kinds = tuple(
             (slice_layout(PATTERNS[k], PAGE, d), slice_layout(PATTERNS[v], PAGE, d))

@@ -64,10 +64,9 @@ def ours(shape: Shape, layers: int, page_layers: int, kinds: list[str]) -> Atten
     """Encoding and attention of one layer, as the server launches them."""
     batch = Batch(shape, "mixed", page_layers, {name: KINDS[name] for name in kinds})
     decode = batch.plan()
-    frames = [
-        LayerFrames(*(getattr(batch.frames, name).clone() for name in batch.frames.__dict__))
-        for _ in range(layers)
-    ]
+    given = batch.frames
+    tensors = given.key_duals, given.value_duals, given.key_centre, given.value_centre
+    frames = [LayerFrames.over(*(tensor.clone() for tensor in tensors)) for _ in range(layers)]
     last = batch.page_ids.view(shape.batch, shape.pages)[:, -1]
     loc = last * PAGE + (shape.context - 1) % PAGE
     k, v = torch.randn(2, shape.batch, KV_HEADS, HEAD_DIM, device="cuda").bfloat16()

@@ -42,7 +42,7 @@ constants |= {"PTX": True, "PDL": given["capability"] >= 90}
 types = {
     "signs": "i32", "Arena": "*i8", "Items": "*i32", "Pages": "*i32", "Blocks": "*i32",
     "Places": "*i32", "KindOf": "*i32",
-    "Parts": "*i8", "Units": "*fp32", "Out": "*fp32", "Lse": "*fp32",
+    "Parts": "*i8", "Units": "*fp32", "Out": "*fp32", "Shares": "*fp32", "Lse": "*fp32",
 } | dict.fromkeys(
     ("max_pages", "blocks_per_page", "block_bytes", "level_stride", "kv_heads", "stride"), "i32"
 )
@@ -82,22 +82,21 @@ from triton.compiler import ASTSource
 
 from spherical_kernels.decode.ends import frame_queries, merge_rows
 from spherical_kernels.decode.launch import (
-    FRAME_PRECISION, FRAME_STAGES, FRAME_WARPS, merge_constants, merge_warps, query_rows,
+    FRAME_PRECISION, FRAME_ROWS, FRAME_WARPS, _tile, merge_constants, merge_warps,
 )
 
 head_dim, group, batch = json.loads(sys.argv[1])
-tile = {"D": head_dim, "DP": max(16, triton.next_power_of_2(head_dim)), "G": group, "PDL": True}
+tile = _tile(head_dim, group) | {"PDL": True}
 kernels = (
     (frame_queries, FRAME_WARPS, {
-        "Q": "*bf16", "Dual": "*fp32", "Centre": "*fp32", "Parts": "*i8", "Units": "*fp32",
-        "Near": "*fp32", "batch": "i32", "q_row": "i32", "kv_heads": "i32", "stride": "i32",
-        "scale": "fp32",
-    }, {"ROWS": query_rows(batch, group, head_dim), "STAGES": FRAME_STAGES,
-        "PRECISION": FRAME_PRECISION[True]}),
+        "Q": "*bf16", "Channel": "*i32", "Weight": "*fp32", "Centre": "*fp32",
+        "Parts": "*i8", "Units": "*fp32", "Near": "*fp32", "batch": "i32", "q_row": "i32",
+        "kv_heads": "i32", "stride": "i32", "scale": "fp32",
+    }, {"ROWS": FRAME_ROWS, "PRECISION": FRAME_PRECISION[True]}),
     (merge_rows, merge_warps(batch), {
-        "Partial": "*fp32", "Lse": "*fp32", "ItemStart": "*i32", "HotItems": "*i32",
-        "Dual": "*fp32", "Centre": "*fp32", "Near": "*fp32", "Out": "*bf16",
-        "OutLse": "*fp32", "batch": "i32", "kv_heads": "i32",
+        "Partial": "*fp32", "Shares": "*fp32", "Lse": "*fp32", "ItemStart": "*i32",
+        "HotItems": "*i32", "Channel": "*i32", "Weight": "*fp32", "Centre": "*fp32",
+        "Near": "*fp32", "Out": "*bf16", "OutLse": "*fp32", "batch": "i32", "kv_heads": "i32",
     }, merge_constants(batch, group, head_dim) | {"HOT": True, "CALIBRATED": True}),
 )
 tool, found = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", []

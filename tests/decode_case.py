@@ -58,7 +58,9 @@ class Case:
         matrix, dual = calibrated_frame(gain, spread)
         self.matrices = {FrameKind.HOT: hot, FrameKind.CALIBRATED: matrix}
         duals = torch.stack([hot, dual])
-        self.frames = LayerFrames(duals, duals, self.normal(kv_heads, d), self.normal(kv_heads, d))
+        self.frames = LayerFrames.over(
+            duals, duals, self.normal(kv_heads, d), self.normal(kv_heads, d)
+        )
         self.kinds = tuple((slice_layout(k, page, d), slice_layout(v, page, d)) for k, v in kinds)
         # pages of a request in any order, but a partial one last
         self.levels: list[list[int]] = []
@@ -171,7 +173,7 @@ class Case:
             page_level.to(DEVICE), self.page, 1, max_items,
         )  # fmt: skip
         names = "key_duals", "value_duals", "key_centre", "value_centre"
-        frames = LayerFrames(*(getattr(self.frames, name).to(DEVICE) for name in names))
+        frames = LayerFrames.over(*(getattr(self.frames, name).to(DEVICE) for name in names))
         q = self.q.to(DEVICE)
         workspace = DecodeWorkspace.allocate(batch + 1, max_items, q.shape[1], self.d, DEVICE)
         out, lse = (

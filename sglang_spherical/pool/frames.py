@@ -14,7 +14,7 @@ import torch
 
 from sglang_spherical.pool.arena import KEYS, VALUES
 from sglang_spherical.pool.layout import SIDES
-from spherical_kernels.codec.frames import LayerFrames, calibrated_frame, signed_hadamard
+from spherical_kernels.codec.frames import LayerFrames, Picks, calibrated_frame, signed_hadamard
 from spherical_kernels.codec.patterns import FrameKind
 from spherical_kernels.retier.launch import Turns
 
@@ -89,6 +89,7 @@ class Frames:
     matrix    float32 [2, layers, kv_heads, d, d]  A of the calibrated frames
     dual      float32 [2, layers, kv_heads, d, d]  B of the calibrated frames
     by_frame  float32 [2, layers, 2, kv_heads, d, d]  B of the hot, then of the calibrated frames
+    picks     of `by_frame`
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Frames:
         self.by_frame = torch.zeros(SIDES, layers, 2, *square, device=device)
         self.by_frame[:, :, 0] = self.rotation
         self.dual = self.by_frame[:, :, 1]
+        self.picks = Picks.of(self.by_frame)
         self.statistics = HeadStatistics(layers, kv_heads, head_dim, device)
         self.centred = [False] * layers
         self.calibrated = False
@@ -117,7 +119,11 @@ class Frames:
         """What reading a layer's codes takes, as views."""
         keys, values = self.by_frame[:, layer]
         key_centre, value_centre = self.centre[:, layer]
-        return LayerFrames(keys, values, key_centre, value_centre)
+        picks = (
+            Picks(self.picks.channel[side, layer], self.picks.weight[side, layer])
+            for side in (KEYS, VALUES)
+        )
+        return LayerFrames(keys, values, key_centre, value_centre, *picks)
 
     def matrices(self, kind: FrameKind, layer: int, side: int) -> torch.Tensor:
         """A of a layer's heads: [kv_heads, d, d]."""
@@ -189,6 +195,9 @@ class Frames:
             frames = calibrated_frame(side_gain.flatten(0, 1), spread[side].flatten(0, 1))
             matrix, dual = (x.view_as(self.matrix[side]) for x in frames)
             self.matrix[side], self.dual[side] = matrix, dual
+        found = Picks.of(self.by_frame)
+        self.picks.channel.copy_(found.channel)
+        self.picks.weight.copy_(found.weight)
         self.calibrated = True
         self.__dict__.pop("turns", None)
 

@@ -15,7 +15,7 @@ from spherical_kernels.decode.launch import SHARED_BYTES
     ("capability", "head_dim", "group", "kinds"),
     [
         (90, 128, 4, (HOT, WARM, COLD)),
-        (90, 64, 3, (HOT, WARM)),
+        (90, 64, 3, (HOT, WARM, COLD)),
         (80, 128, 4, (WARM,)),
     ],
 )

@@ -69,7 +69,7 @@ class Case:
         matrix, dual = calibrated_frame(gain, spread)
         self.matrices[FrameKind.CALIBRATED] = matrix
         duals = torch.stack([hot, dual])
-        self.frames = LayerFrames(duals, duals, self.normal(heads, d), self.normal(heads, d))
+        self.frames = LayerFrames.over(duals, duals, self.normal(heads, d), self.normal(heads, d))
         tokens = sum(request.new for request in self.requests)
         self.q = (self.normal(tokens, heads * self.group, d) * self.loudness).to(self.dtype)
         self.k, self.v = (self.normal(tokens, heads, d).to(self.dtype) for _ in range(2))
@@ -189,7 +189,7 @@ class Case:
         entries = locate_entries(tables, *places, block_bytes)
         q, k, v = (x.to(DEVICE) for x in (self.q, self.k, self.v))
         names = "key_duals", "value_duals", "key_centre", "value_centre"
-        frames = LayerFrames(*(getattr(self.frames, name).to(DEVICE) for name in names))
+        frames = LayerFrames.over(*(getattr(self.frames, name).to(DEVICE) for name in names))
         tuning = replace(tuning_for(self.d), tile_rows=tables.tile_rows)
         work = ExtendWorkspace.allocate(
             tables, self.sides, q.shape[1], k.shape[1], memory.to(DEVICE).device, tuning

@@ -29,21 +29,28 @@ band would outgrow the others' radii."""
 _SEED = 0x5EED
 
 
+def hadamard_block(width: int) -> int:
+    """What a rotation of `width` channels turns at once: its largest divisor that is a power of
+    two."""
+    return width & -width
+
+
+@cache
+def hadamard(width: int) -> torch.Tensor:
+    """Blocks of Sylvester's matrix of signs, [width, width] float32 on the CPU, symmetric."""
+    block = torch.ones(1, 1, device="cpu")
+    while block.shape[0] < hadamard_block(width):
+        block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
+    return torch.block_diag(*[block] * (width // len(block)))
+
+
 @cache
 def signed_hadamard(width: int) -> torch.Tensor:
-    """The data-free orthonormal rotation [width, width] float32 on the CPU, equal in every process.
-
-    Widths that are not powers of two rotate in blocks of their largest power-of-two divisor.
-    """
-    block = width & -width
-    hadamard = torch.ones(1, 1, device="cpu")
-    while hadamard.shape[0] < block:
-        hadamard = torch.cat(
-            [torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)]
-        )
+    """The data-free orthonormal rotation [width, width] float32 on the CPU, equal in every process:
+    H of `hadamard` behind random signs."""
     seeded = torch.Generator().manual_seed(_SEED)
     signs = torch.randint(0, 2, (width,), generator=seeded, device="cpu") * 2 - 1
-    return torch.block_diag(*[hadamard / block**0.5] * (width // block)) * signs
+    return hadamard(width) / hadamard_block(width) ** 0.5 * signs
 
 
 def calibrated_frame(gain: torch.Tensor, spread: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,14 +76,57 @@ def calibrated_frame(gain: torch.Tensor, spread: torch.Tensor) -> tuple[torch.Te
 
 
 @dataclass(frozen=True)
+class Picks:
+    """Duals without their rotation: B = H (weight * pick), row i of which is channel[i] alone.
+
+    channel  int32 [..., 2 (hot, calibrated), kv_heads, d]
+    weight   float32 likewise, signs and the size of H's columns included
+    H is `hadamard` of all channels in the hot frame, of each band's in the calibrated one.
+    """
+
+    channel: torch.Tensor
+    weight: torch.Tensor
+
+    @classmethod
+    def of(cls, duals: torch.Tensor) -> Picks:
+        """duals [..., 2 (hot, calibrated), kv_heads, d, d], B of either frame."""
+        d = duals.shape[-1]
+        band = d // BANDS
+        # in float64: who serves may have allowed float32 products to be rounded to TF32
+        turns = (
+            hadamard(d).double() / hadamard_block(d),
+            torch.block_diag(*[hadamard(band).double() / hadamard_block(band)] * BANDS),
+        )
+        picked = torch.stack(turns).unsqueeze(1).to(duals.device) @ duals.double()
+        channel = picked.abs().argmax(-1)
+        weight = picked.gather(-1, channel.unsqueeze(-1)).squeeze(-1)
+        return cls(channel.int(), weight.float())
+
+
+@dataclass(frozen=True)
 class LayerFrames:
     """The frames of one layer, float32 and contiguous.
 
     key_duals, value_duals      [2 (hot, calibrated), kv_heads, d, d], B of each frame
     key_centre, value_centre    [kv_heads, d]
+    key_picks, value_picks      of the duals
     """
 
     key_duals: torch.Tensor
     value_duals: torch.Tensor
     key_centre: torch.Tensor
     value_centre: torch.Tensor
+    key_picks: Picks
+    value_picks: Picks
+
+    @classmethod
+    def over(
+        cls,
+        key_duals: torch.Tensor,
+        value_duals: torch.Tensor,
+        key_centre: torch.Tensor,
+        value_centre: torch.Tensor,
+    ) -> LayerFrames:
+        """With the picks that the duals have."""
+        picks = Picks.of(key_duals), Picks.of(value_duals)
+        return cls(key_duals, value_duals, key_centre, value_centre, *picks)

@@ -6,24 +6,53 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-STEP = tl.constexpr(32)  # channels of the query that meet a frame at once
 BANDS = tl.constexpr(4)  # of a calibrated frame
 QUERY_PEAK = tl.constexpr(16000.0)  # largest integer of a query: high part at most 125
 NONE = tl.constexpr(-1e30)  # the maximum of no logits
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
+@triton.jit
+def signs_of(i, j, BLOCK: tl.constexpr):
+    """Elements (i, j) of `codec.frames.hadamard` in blocks of BLOCK, at most 256: float32."""
+    odd = i & j & (BLOCK - 1)
+    odd ^= odd >> 4
+    odd ^= odd >> 2
+    odd ^= odd >> 1
+    return tl.where(i // BLOCK == j // BLOCK, 1.0 - 2.0 * (odd & 1).to(tl.float32), 0.0)
+
+
+@triton.jit
+def add_and_subtract(x):
+    """[ROWS, n, 2, m] -> the sum and the difference of its pairs, of x's shape."""
+    first, second = tl.split(tl.permute(x, (0, 1, 3, 2)))
+    return tl.permute(tl.join(first + second, first - second), (0, 1, 3, 2))
+
+
+@triton.jit
+def turn_runs(x, OUTER: tl.constexpr):
+    """The rest of a rotation whose blocks are OUTER of x's runs [ROWS, BANDS, RUN] wide."""
+    ROWS: tl.constexpr = x.shape[0]
+    RUN: tl.constexpr = x.shape[2]
+    if OUTER > 1:
+        x = tl.reshape(add_and_subtract(tl.reshape(x, [ROWS, 2, 2, RUN])), [ROWS, 4, RUN])
+    if OUTER > 2:
+        x = tl.reshape(add_and_subtract(tl.reshape(x, [ROWS, 1, 2, 2 * RUN])), [ROWS, 4, RUN])
+    return x
+
+
 @triton.jit(do_not_specialize=["batch", "stride"])  # one binary for all batches
 def frame_queries(
-    Q, Dual, Centre, Parts, Units, Near, batch, q_row, kv_heads, stride, scale,
-    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    Q, Channel, Weight, Centre, Parts, Units, Near, batch, q_row, kv_heads, stride, scale,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, HOT_BLOCK: tl.constexpr,
+    BAND_BLOCK: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Queries into a key frame and to integers: ROWS queries of one KV head and a frame by every
     program.
 
     Q       [batch, kv_heads * G, D], rows q_row apart; logits in base 2 are `scale` times q . k
-    Dual    float32 [2, kv_heads, D, D], B; Centre float32 [kv_heads, D]
+    Channel int32, Weight float32 [2, kv_heads, D], picks of the key frames, whose rotations have
+            blocks of HOT_BLOCK and BAND_BLOCK; Centre float32 [kv_heads, D]
     Near    float32 [batch, kv_heads * G], q . centre, base 2
     The rest by set, which are `stride` queries apart: in the hot frame, in the calibrated one by
     bands, in the calibrated one as a whole; [3, batch, kv_heads * G, ...]:
@@ -39,31 +68,32 @@ def frame_queries(
     known = m < batch * G
     query = (m // G * kv_heads + head) * G + m % G
     row = Q + (m // G).to(tl.int64) * q_row + (head * G + m % G) * D
-    # bands are padded on their own, so that they are a dimension
-    PADDED: tl.constexpr = DP // BANDS
+    # bands are padded on their own, so that they are a dimension; hot channels lie as they are
+    RUN: tl.constexpr = DP // BANDS
+    INNER: tl.constexpr = HOT_BLOCK if HOT_BLOCK < RUN else RUN
     place = tl.arange(0, DP)
-    d = place // PADDED * (D // BANDS) + place % PADDED
-    real = place % PADDED < D // BANDS
-    step = tl.arange(0, STEP)
-    dual = Dual + (of_frame * kv_heads + head).to(tl.int64) * (D * D)
-    framed = tl.zeros([ROWS, DP], tl.float32)
-    near = tl.zeros([ROWS, STEP], tl.float32)
-    for start in tl.range(0, D, STEP, num_stages=STAGES):
-        channel = start + step
-        inside = known[:, None] & (channel < D)[None, :]
-        q = tl.load(row[:, None] + channel[None, :], mask=inside, other=0.0)
-        inside = (channel < D)[:, None] & real[None, :]
-        turned = tl.load(dual + d[None, :] * D + channel[:, None], mask=inside, other=0.0)
-        # factors in two pieces of bfloat16 are exact to 2**-16, the integers to 2**-14
-        framed = tl.dot(q.to(tl.float32), turned, framed, input_precision=PRECISION)
-        centre = tl.load(Centre + head * D + channel, mask=channel < D, other=0.0)
-        near += q.to(tl.float32) * centre[None, :]
-    framed *= scale
-    by_band = tl.reshape(framed, [ROWS, BANDS, PADDED])
+    in_band = place % RUN
+    d = tl.where(of_frame == 0, place, place // RUN * (D // BANDS) + in_band)
+    real = tl.where(of_frame == 0, place, in_band) < tl.where(of_frame == 0, D, D // BANDS)
+    picked = (of_frame * kv_heads + head) * D + d
+    channel = tl.load(Channel + picked, mask=real, other=0)
+    weight = tl.load(Weight + picked, mask=real, other=0.0) * scale
+    inside = known[:, None] & real[None, :]
+    q = tl.load(row[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    if of_frame == 0:
+        centre = tl.load(Centre + head * D + channel, mask=real, other=0.0) * scale
+        tl.store(Near + query, tl.sum(q * centre[None, :], 1), mask=known)
+    i, j = tl.arange(0, RUN)[:, None], tl.arange(0, RUN)[None, :]
+    turn = tl.where(of_frame == 0, signs_of(i, j, INNER), signs_of(i, j, BAND_BLOCK))
+    framed = tl.reshape(q * weight[None, :], [ROWS * BANDS, RUN])
+    # factors in two pieces of bfloat16 are exact to 2**-16, the integers to 2**-14
+    framed = tl.dot(framed, turn, input_precision=PRECISION)
+    by_band = tl.reshape(framed, [ROWS, BANDS, RUN])
+    if of_frame == 0:
+        by_band = turn_runs(by_band, HOT_BLOCK // INNER)
     peak = tl.max(tl.abs(by_band), 2)
     highest = tl.broadcast_to(tl.max(peak, 1)[:, None], [ROWS, BANDS])
     if of_frame == 0:
-        tl.store(Near + query, tl.sum(near, 1) * scale, mask=known)
         store_integers(by_band, highest, Parts, Units, query, known, d, real, D)
     else:
         first = stride + query
@@ -95,22 +125,13 @@ def store_integers(
 
 
 @triton.jit
-def load_item(Partial, Lse, item, end, stride, D: tl.constexpr, DP: tl.constexpr):
-    """Item `item` [ROWS] of every row, below `end`: logarithms [ROWS] and sums [ROWS, DP]."""
-    d = tl.arange(0, DP)
+def load_item(Partial, Lse, item, end, stride, d, real, D: tl.constexpr):
+    """Item `item` [ROWS] of every row, below `end`: logarithms [ROWS], sums of channels d."""
     known = item < end
     at = item.to(tl.int64) * stride
     logs = tl.load(Lse + at, mask=known, other=-float("inf"))
-    inside = known[:, None] & (d < D)[None, :]
+    inside = known[:, None] & real[None, :]
     return logs, tl.load(Partial + at[:, None] * D + d[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def load_dual(dual, first, column, D: tl.constexpr, ROWS: tl.constexpr):
-    """Rows [first, first + ROWS) of a frame's matrix [D, D]; zero where there are none."""
-    d = first + tl.arange(0, ROWS)
-    at = dual + (d * D)[:, None] + column[None, :]
-    return tl.load(at, mask=(d < D)[:, None] & (column < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -121,48 +142,55 @@ def halves_of(x):
 
 
 @triton.jit
-def turn_piece(sums, dual, first, column, out, D: tl.constexpr):
-    """out + sums @ dual[first : first + n], sums [rows, n]."""
-    turned = load_dual(dual, first, column, D, sums.shape[1])
-    return tl.dot(sums, turned, out, input_precision="tf32x3")
+def turn_piece(sums, first, channel, out, BLOCK: tl.constexpr):
+    """out + channels first, first + 1, ... of a sum, turned into `channel`."""
+    i = first + tl.arange(0, sums.shape[1])
+    turn = signs_of(i[:, None], channel[None, :], BLOCK)
+    return tl.dot(sums, turn, out, input_precision="tf32x3")
 
 
 @triton.jit
-def turn_sums(sums, dual, column, out, D: tl.constexpr):
-    """out + sums @ dual, in quarters: as an operand a whole row would not fit into registers."""
+def turn_in_quarters(sums, channel, out, BLOCK: tl.constexpr):
+    """out + sums turned: as an operand a whole row of a wide head would not fit into registers."""
     QUARTER: tl.constexpr = sums.shape[1] // 4
     left, right = halves_of(sums)
     first, second = halves_of(left)
     third, fourth = halves_of(right)
-    out = turn_piece(first, dual, 0, column, out, D)
-    out = turn_piece(second, dual, QUARTER, column, out, D)
-    out = turn_piece(third, dual, 2 * QUARTER, column, out, D)
-    return turn_piece(fourth, dual, 3 * QUARTER, column, out, D)
+    out = turn_piece(first, 0, channel, out, BLOCK)
+    out = turn_piece(second, QUARTER, channel, out, BLOCK)
+    out = turn_piece(third, 2 * QUARTER, channel, out, BLOCK)
+    return turn_piece(fourth, 3 * QUARTER, channel, out, BLOCK)
 
 
 @triton.jit
-def merge_frame(
-    partials, lses, item, end, logs, part, dual, column, stride, D: tl.constexpr, DP: tl.constexpr,
+def sum_items(
+    partials, shares, lses, item, end, logs, part, d, real, stride, D: tl.constexpr,
     SPLITS: tl.constexpr, GP: tl.constexpr, COPIES: tl.constexpr, EARLY: tl.constexpr,
+    SHARES: tl.constexpr,
 ):  # fmt: skip
     """Items of one frame: every row takes item, item + SPLITS, ... below `end` [ROWS].
 
-    EARLY: logs and part are the first of them, and dual holds the frame's columns; else it is where
-    the frame lies.
-    Returns the sums out of their frame, COPIES times [n, COLUMNS], and per request and query head
-    [REQUESTS, GP] the largest logarithm and the mass, which those sums are in units of.
+    logs, part  where EARLY, the first of them
+    d, real     channels, and whether there are such
+    Returns the sums [COPIES * REQUESTS * GP, channels], in their frame, and per request and query
+    head [REQUESTS, GP] the largest logarithm and the mass, which those sums are in units of.
     """
     ROWS: tl.constexpr = item.shape[0]
     REQUESTS: tl.constexpr = ROWS // (SPLITS * GP)
+    WIDTH: tl.constexpr = d.shape[0]
     top = tl.full([ROWS], NONE, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, DP], tl.float32)
+    sums = tl.zeros([ROWS, WIDTH], tl.float32)
     for _ in range((tl.max(end - item, 0) + SPLITS - 1) // SPLITS):
         if EARLY:  # the next items are on their way while these are added
             its_logs, its_part = logs, part
-            logs, part = load_item(partials, lses, item + SPLITS, end, stride, D, DP)
+            logs, part = load_parts(
+                partials, shares, lses, item + SPLITS, end, stride, d, real, D, SHARES
+            )
         else:
-            its_logs, its_part = load_item(partials, lses, item, end, stride, D, DP)
+            its_logs, its_part = load_parts(
+                partials, shares, lses, item, end, stride, d, real, D, SHARES
+            )
         higher = tl.maximum(top, its_logs)
         fade, share = tl.exp2(top - higher), tl.exp2(its_logs - higher)
         sums = sums * fade[:, None] + its_part * share[:, None]
@@ -172,18 +200,24 @@ def merge_frame(
 
     tops = tl.reshape(top, [REQUESTS, SPLITS, GP])
     highest = tl.max(tops, 1)
-    shares = tl.exp2(tops - highest[:, None, :])
-    whole = tl.sum(tl.reshape(mass, [REQUESTS, SPLITS, GP]) * shares, 1)
-    sums *= tl.reshape(shares, [ROWS])[:, None]
-    sums = tl.sum(tl.reshape(sums, [REQUESTS, SPLITS, GP, DP]), 1)
-    sums = tl.broadcast_to(sums[None, :, :, :], [COPIES, REQUESTS, GP, DP])
-    sums = tl.reshape(sums, [COPIES * REQUESTS * GP, DP])
-    out = tl.zeros([COPIES * REQUESTS * GP, column.shape[0]], tl.float32)
-    if EARLY:
-        out = tl.dot(sums, dual, out, input_precision="tf32x3")
-    else:
-        out = turn_sums(sums, dual, column, out, D)
-    return out, highest, whole
+    shares_of = tl.exp2(tops - highest[:, None, :])
+    whole = tl.sum(tl.reshape(mass, [REQUESTS, SPLITS, GP]) * shares_of, 1)
+    sums *= tl.reshape(shares_of, [ROWS])[:, None]
+    sums = tl.sum(tl.reshape(sums, [REQUESTS, SPLITS, GP, WIDTH]), 1)
+    sums = tl.broadcast_to(sums[None, :, :, :], [COPIES, REQUESTS, GP, WIDTH])
+    return tl.reshape(sums, [COPIES * REQUESTS * GP, WIDTH]), highest, whole
+
+
+@triton.jit
+def load_parts(
+    partials, shares, lses, item, end, stride, d, real, D: tl.constexpr, SHARES: tl.constexpr
+):  # fmt: skip
+    """`load_item`, with the share of the centroids where there are any."""
+    logs, part = load_item(partials, lses, item, end, stride, d, real, D)
+    if SHARES:
+        _, share = load_item(shares, lses, item, end, stride, d, real, D)
+        part += share
+    return logs, part
 
 
 @triton.jit
@@ -193,68 +227,115 @@ def rows_of(x, COPIES: tl.constexpr):
     return tl.reshape(copies, [COPIES * x.shape[0] * x.shape[1], 1])
 
 
+@triton.jit
+def rows_and_items(
+    ItemStart, HotItems, first_request, batch, G: tl.constexpr, GP: tl.constexpr,
+    REQUESTS: tl.constexpr, SPLITS: tl.constexpr, HOT: tl.constexpr, CALIBRATED: tl.constexpr,
+    OF_HOT: tl.constexpr,
+):  # fmt: skip
+    """Query head and first item of every row (request, split, query head), and the end of the
+    items of its frame."""
+    row = tl.arange(0, REQUESTS * SPLITS * GP)
+    request = first_request + row // (GP * SPLITS)
+    real = (request < batch) & (row % GP < G)
+    first = tl.load(ItemStart + request, mask=real, other=0)
+    end = tl.load(ItemStart + request + 1, mask=real, other=0)
+    if HOT and CALIBRATED:
+        middle = first + tl.load(HotItems + request, mask=real, other=0)
+        if OF_HOT:
+            end = middle
+        else:
+            first = middle
+    return row % GP, first + row // GP % SPLITS, end
+
+
 @triton.jit(do_not_specialize=["batch"])
 def merge_rows(
-    Partial, Lse, ItemStart, HotItems, Dual, Centre, Near, Out, OutLse, batch, kv_heads,
-    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, COLUMNS: tl.constexpr,
-    REQUESTS: tl.constexpr, SPLITS: tl.constexpr, HOT: tl.constexpr, CALIBRATED: tl.constexpr,
+    Partial, Shares, Lse, ItemStart, HotItems, Channel, Weight, Centre, Near, Out, OutLse, batch,
+    kv_heads,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, HOT_BLOCK: tl.constexpr,
+    BAND_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, REQUESTS: tl.constexpr,
+    HOT_SPLITS: tl.constexpr, SPLITS: tl.constexpr, HOT: tl.constexpr, CALIBRATED: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """COLUMNS channels of the output of REQUESTS requests and one KV head by every program.
+    """The channels of one band of the output of REQUESTS requests and one KV head by every
+    program.
 
     Partial    float32 [items, kv_heads, G, D], in the value frames; Lse likewise, base 2
+    Shares     float32 like Partial, to be added to items of the calibrated frame
     ItemStart  int32 [requests + 1], HotItems int32 [requests]
-    Dual       float32 [2, kv_heads, D, D], B of the value frames; Centre float32 [kv_heads, D]
+    Channel    int32, Weight float32 [2, kv_heads, D], picks of the value frames, whose rotations
+               have blocks of HOT_BLOCK and BAND_BLOCK; Centre float32 [kv_heads, D]
     Near       float32 [requests, kv_heads * G], q . centre of the keys, base 2
     Out        [requests, kv_heads * G, D], zero without items; OutLse float32, natural
     HOT, CALIBRATED  whether items may be of the frame
     """
     head = tl.program_id(0) % kv_heads
     first_request = tl.program_id(0) // kv_heads * REQUESTS
-    # what does not depend on the kernel before comes first, as far as there are registers: the plan
-    # was ready before the queries' frames
-    row = tl.arange(0, REQUESTS * SPLITS * GP)
-    request = first_request + row // (GP * SPLITS)
-    real = (request < batch) & (row % GP < G)
-    first = tl.load(ItemStart + request, mask=real, other=0)
-    end = tl.load(ItemStart + request + 1, mask=real, other=0)
-    middle = first
-    if HOT:
-        middle = end
-        if CALIBRATED:
-            middle = first + tl.load(HotItems + request, mask=real, other=0)
-    split = row // GP % SPLITS
+    band = tl.program_id(1)
+    # what does not depend on the kernel before comes first: the plan was ready long ago
+    WIDTH: tl.constexpr = D // BANDS
+    column = tl.arange(0, COLUMNS)
+    real = column < WIDTH
+    place = head * D + band * WIDTH + column
+    # a band of the calibrated frame is of any channels, and these take all of the hot frame
+    if CALIBRATED:
+        channel = tl.load(Channel + kv_heads * D + place, mask=real, other=0)
+        weight = tl.load(Weight + kv_heads * D + place, mask=real, other=0.0)
+        turn = signs_of(column[:, None], column[None, :], BAND_BLOCK)
+    else:
+        channel = band * WIDTH + column
+    centre = tl.load(Centre + head * D + channel, mask=real, other=0.0)
     EARLY: tl.constexpr = DP <= 128 and REQUESTS * GP <= 16
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    hot_dual, dual = Dual + head * (D * D), Dual + (kv_heads + head) * (D * D)
-    if EARLY and HOT:
-        hot_dual = load_dual(hot_dual, 0, column, D, DP)
-    if EARLY and CALIBRATED:
-        dual = load_dual(dual, 0, column, D, DP)
-    centre = tl.load(Centre + head * D + column, mask=column < D, other=0.0)
+    d = tl.arange(0, DP)
+    if HOT:
+        hot_weight = tl.load(Weight + head * D + channel, mask=real, other=0.0)
+        if DP <= 128:
+            hot_turn = signs_of(d[:, None], channel[None, :], HOT_BLOCK)
+        hot_head, hot_item, hot_end = rows_and_items(
+            ItemStart, HotItems, first_request, batch, G, GP, REQUESTS, HOT_SPLITS, HOT,
+            CALIBRATED, True,
+        )  # fmt: skip
+        hot_lses = Lse + head * G + hot_head
+        hot_partials = Partial + ((head * G + hot_head) * D)[:, None]
+    if CALIBRATED:
+        its_head, item, end = rows_and_items(
+            ItemStart, HotItems, first_request, batch, G, GP, REQUESTS, SPLITS, HOT, CALIBRATED,
+            False,
+        )  # fmt: skip
+        lses = Lse + head * G + its_head
+        at = ((head * G + its_head) * D + band * WIDTH)[:, None]
+        partials, shares = Partial + at, Shares + at
     if PDL:
         tl.extra.cuda.gdc_wait()
 
     stride = kv_heads * G
-    lses = Lse + head * G + row % GP
-    partials = Partial + ((head * G + row % GP) * D)[:, None]
     # a product takes 16 rows at least
     COPIES: tl.constexpr = 16 // (REQUESTS * GP) if REQUESTS * GP < 16 else 1
     hot_logs, hot_part, logs, part = 0.0, 0.0, 0.0, 0.0
     if EARLY and HOT:
-        hot_logs, hot_part = load_item(partials, lses, first + split, middle, stride, D, DP)
+        hot_logs, hot_part = load_item(
+            hot_partials, hot_lses, hot_item, hot_end, stride, d, d < D, D
+        )
     if EARLY and CALIBRATED:
-        logs, part = load_item(partials, lses, middle + split, end, stride, D, DP)
+        logs, part = load_parts(partials, shares, lses, item, end, stride, column, real, D, True)
     if HOT:
-        out, top, mass = merge_frame(
-            partials, lses, first + split, middle, hot_logs, hot_part, hot_dual, column, stride,
-            D, DP, SPLITS, GP, COPIES, EARLY,
+        sums, top, mass = sum_items(
+            hot_partials, hot_partials, hot_lses, hot_item, hot_end, hot_logs, hot_part, d, d < D,
+            stride, D, HOT_SPLITS, GP, COPIES, EARLY, False,
         )  # fmt: skip
+        out = tl.zeros([COPIES * REQUESTS * GP, COLUMNS], tl.float32)
+        if DP <= 128:
+            out = tl.dot(sums, hot_turn, out, input_precision="tf32x3")
+        else:
+            out = turn_in_quarters(sums, channel, out, HOT_BLOCK)
+        out *= hot_weight[None, :]
     if CALIBRATED:
-        its_out, its_top, its_mass = merge_frame(
-            partials, lses, middle + split, end, logs, part, dual, column, stride, D, DP, SPLITS,
-            GP, COPIES, EARLY,
+        its_sums, its_top, its_mass = sum_items(
+            partials, shares, lses, item, end, logs, part, column, real, stride, D, SPLITS, GP,
+            COPIES, EARLY, True,
         )  # fmt: skip
+        its_out = tl.dot(its_sums, turn, input_precision="tf32x3") * weight[None, :]
         if HOT:
             higher = tl.maximum(top, its_top)
             fade, its_fade = tl.exp2(top - higher), tl.exp2(its_top - higher)
@@ -264,14 +345,14 @@ def merge_rows(
     inverse = tl.where(mass == 0, 0.0, 1.0 / mass)  # NaN stays
     m = tl.arange(0, COPIES * REQUESTS * GP)
     of_row = first_request + m // GP
-    real = (m < REQUESTS * GP) & (of_row < batch) & (m % GP < G)
+    known = (m < REQUESTS * GP) & (of_row < batch) & (m % GP < G)
     out *= rows_of(inverse, COPIES)
     out = tl.where(rows_of(mass, COPIES) == 0, 0.0, out + centre[None, :])
     query = (of_row * kv_heads + head) * G + m % GP
-    target = Out + query.to(tl.int64)[:, None] * D + column[None, :]
-    inside = real[:, None] & (column < D)[None, :]
+    target = Out + query.to(tl.int64)[:, None] * D + channel[None, :]
+    inside = known[:, None] & real[None, :]
     tl.store(target, out.to(Out.dtype.element_ty), mask=inside)
-    if tl.program_id(1) == 0:
+    if band == 0:
         r = first_request + tl.arange(0, REQUESTS)[:, None]
         g = tl.arange(0, GP)[None, :]
         at_lse = (r * kv_heads + head) * G + g

@@ -87,12 +87,13 @@ def fetch_pages(
 
 @triton.jit
 def attend_pages(
-    Arena, Pages, Blocks, places, Parts, Units, query, stride, target, lse_target,
+    Arena, Pages, Blocks, places, Parts, Units, query, stride, Out, Shares, Lse, at_head,
     first, end, last_valid, blocks_per_page, block_bytes, real_heads,
     D: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, DP: tl.constexpr,
     KINDS: tl.constexpr, KIND: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Attention of an item; arguments as in `decode_pages`, already moved to the item's place."""
+    """Attention of an item, whose first query head's result goes to `at_head`; other arguments as
+    in `decode_pages`, already moved to the item's place."""
     CALIBRATED: tl.constexpr = of_kind(KINDS, KIND, 0)
     RADII: tl.constexpr = of_kind(KINDS, KIND, 1)
     K: tl.constexpr = of_kind(KINDS, KIND, 2)
@@ -278,12 +279,13 @@ def attend_pages(
             new_out = new_out + (sums,)
         out, weight = new_out, new_weight
 
+    target = Out + at_head * D
     inverse = tl.where(mass > 0, 1.0 / mass, 0.0)
     if CALIBRATED:
+        shares = Shares + at_head * D
         inside = (d < D)[:, None] & (g < real_heads)[None, :]
         sums = (centroids - (c_mass * 127.5)[None, :]) * inverse[None, :]
-        tl.store(target + g[None, :] * D + d[:, None], sums, mask=inside)
-        tl.debug_barrier()
+        tl.store(shares + g[None, :] * D + d[:, None], sums, mask=inside)
     scale = unit.to(tl.float32, bitcast=True) * 2.0**-P_SHIFT
     if CALIBRATED:
         scale *= HALF_RADIUS_UNIT
@@ -296,18 +298,15 @@ def attend_pages(
         word = w - VP[i][4]
         inside = ((word >= 0) & (word < VP[i][2]))[:, None] & mine[None, :]
         channel = VP[i][1] + 2 * word
-        at = target + (column // 2 * D)[None, :] + channel[:, None]
-        if CALIBRATED:
-            sums += tl.load(at, mask=inside, other=0.0)
-        tl.store(at, sums, mask=inside)
+        tl.store(target + (column // 2 * D)[None, :] + channel[:, None], sums, mask=inside)
     lse = tl.where(mass > 0, top + tl.log2(mass), -float("inf"))
-    tl.store(lse_target + g, lse, mask=g < real_heads)
+    tl.store(Lse + at_head + g, lse, mask=g < real_heads)
 
 
 # one binary for all sizes of workspace and all layers
 @triton.jit(do_not_specialize=["stride"], do_not_specialize_on_alignment=["KindOf"])
 def decode_pages(
-    signs, Arena, Items, Pages, Blocks, Places, KindOf, Parts, Units, Out, Lse, max_pages,
+    signs, Arena, Items, Pages, Blocks, Places, KindOf, Parts, Units, Out, Shares, Lse, max_pages,
     blocks_per_page, block_bytes, level_stride, kv_heads, stride,
     D: tl.constexpr, P: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, DP: tl.constexpr,
     KINDS: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
@@ -323,6 +322,7 @@ def decode_pages(
             both
     Parts, Units  queries as `frame_queries` leaves them, sets `stride` queries apart
     Out     float32 [items, kv_heads, G, D] in the value frame; Lse [items, kv_heads, G], base 2
+    Shares  float32 like Out: what the centroids of calibrated pages add to it
     """
     head = tl.program_id(0)
     item = tl.program_id(1)
@@ -357,7 +357,7 @@ def decode_pages(
         if (bit >> i) & 1:
             attend_pages(
                 Arena, Pages + request * max_pages, Blocks, places,
-                Parts, Units, query, stride, Out + at * D, Lse + at,
+                Parts, Units, query, stride, Out, Shares, Lse, at,
                 first, end, last_valid, blocks_per_page, block_bytes, G - first_head,
                 D, P, HEADS, DP, KINDS, i, PTX,
             )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton
 
-from ..codec.frames import LayerFrames
+from ..codec.frames import LayerFrames, hadamard_block
 from ..codec.pages import GAUSSIAN_STEP
 from ..codec.patterns import BANDS, FrameKind
 from ..codec.slices import SliceLayout, Tile
@@ -38,15 +38,14 @@ MOST_HEADS = 8
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
 """Shared memory of a multiprocessor, and what the system takes of it for every program."""
 
-MERGE_ELEMENTS, MOST_MERGE_ROWS, MERGE_COLUMNS, MERGE_WARPS = 4096, 32, 32, 8
-"""Numbers and rows (request, split, query head) at once in a program of the merge, channels that it
-puts out, and its warps. For LARGE_BATCH requests and more twice the rows and half the warps, since
-two programs then fit where one would."""
+MERGE_ELEMENTS, MERGE_WARPS = 4096, 8
+"""Numbers of items of either frame that a program of the merge holds at once, and its warps. For
+LARGE_BATCH requests and more half of both: more programs than one then fit a multiprocessor."""
 
 LARGE_BATCH = 64
 
-FRAME_STAGES, FRAME_WARPS = 4, 4
-"""Of `frame_queries`: steps of a frame in flight, and warps of a program."""
+FRAME_ROWS, FRAME_WARPS = 4, 1
+"""Queries of a program of `frame_queries`, and its warps."""
 
 FRAME_PRECISION = {True: "bf16x3", False: "ieee"}
 """Of its products: with PTX, and where Triton interprets, which knows no pieces of bfloat16."""
@@ -99,6 +98,7 @@ class DecodeWorkspace:
     units        float32 [SETS, max_batch, heads, BANDS], what an integer stands for
     near         float32 [max_batch, heads], q . centre
     partial      float32 [max_items, heads, d], in the value frames
+    shares       float32 [max_items, heads, d], of centroids, to be added to it
     partial_lse  float32 [max_items, heads]
     """
 
@@ -106,6 +106,7 @@ class DecodeWorkspace:
     units: torch.Tensor
     near: torch.Tensor
     partial: torch.Tensor
+    shares: torch.Tensor
     partial_lse: torch.Tensor
 
     @classmethod
@@ -120,7 +121,8 @@ class DecodeWorkspace:
         return cls(
             table(SETS, max_batch, heads, 2, head_dim, dtype=torch.int8),
             table(SETS, max_batch, heads, BANDS), table(max_batch, heads),
-            table(max_items, heads, head_dim), table(max_items, heads),
+            table(max_items, heads, head_dim), table(max_items, heads, head_dim),
+            table(max_items, heads),
         )  # fmt: skip
 
 
@@ -177,36 +179,34 @@ def run_decode(
     group = heads // kv_heads
     tuning = tuning or tuning_for(kinds, group)
     pdl = has_dependent_launch(q.device)
-    rows = query_rows(batch, group, d)
     queries = workspace.parts, workspace.units
-    _frame_launch(d, group, rows, has_ptx(q.device), pdl, after_encode)(
-        (-(-batch * group // rows) * kv_heads, len(FRAMES), 1),
-        q, frames.key_duals, frames.key_centre, *queries, workspace.near, batch, q.stride(0),
-        kv_heads, max_batch * heads, scale * LOG2_E,
+    _frame_launch(d, group, has_ptx(q.device), pdl, after_encode)(
+        (-(-batch * group // FRAME_ROWS) * kv_heads, len(FRAMES), 1),
+        q, frames.key_picks.channel, frames.key_picks.weight, frames.key_centre, *queries,
+        workspace.near, batch, q.stride(0), kv_heads, max_batch * heads, scale * LOG2_E,
     )  # fmt: skip
     max_items, max_pages = len(tables.items), tables.pages.shape[1]
     _page_launch(kinds, group, tuning, has_ptx(q.device), pdl)(
         (kv_heads, max_items, -(-group // MOST_HEADS)),
         SIGNS, pages.arena.view(torch.int8), tables.items, tables.pages, pages.page_blocks,
         pages.places, pages.kind_of,
-        *queries, workspace.partial, workspace.partial_lse, max_pages,
+        *queries, workspace.partial, workspace.shares, workspace.partial_lse, max_pages,
         pages.page_blocks.shape[1], pages.block_bytes, pages.kind_of.stride(0), kv_heads,
         max_batch * heads,
     )  # fmt: skip
     merge = _merge_launch(kinds, batch, group, pdl)
     merge(
-        (-(-batch // merge.constants["REQUESTS"]) * kv_heads, -(-d // MERGE_COLUMNS), 1),
-        workspace.partial, workspace.partial_lse, tables.item_start, tables.hot_items,
-        frames.value_duals, frames.value_centre, workspace.near, out, lse, batch, kv_heads,
+        (-(-batch // merge.constants["REQUESTS"]) * kv_heads, BANDS, 1),
+        workspace.partial, workspace.shares, workspace.partial_lse, tables.item_start,
+        tables.hot_items, frames.value_picks.channel, frames.value_picks.weight,
+        frames.value_centre, workspace.near, out, lse, batch, kv_heads,
     )  # fmt: skip
 
 
 @cache
-def _frame_launch(
-    head_dim: int, group: int, rows: int, ptx: bool, pdl: bool, after_encode: bool
-) -> Launch:
+def _frame_launch(head_dim: int, group: int, ptx: bool, pdl: bool, after_encode: bool) -> Launch:
     return Launch(
-        frame_queries, **_tile(head_dim, group), ROWS=rows, STAGES=FRAME_STAGES,
+        frame_queries, **_tile(head_dim, group), ROWS=FRAME_ROWS,
         PRECISION=FRAME_PRECISION[ptx], PDL=pdl, num_warps=FRAME_WARPS,
         **launch_options(pdl and after_encode),
     )  # fmt: skip
@@ -233,25 +233,30 @@ def _merge_launch(kinds: tuple[Kind, ...], batch: int, group: int, pdl: bool) ->
 
 
 def _tile(head_dim: int, group: int) -> dict[str, int]:
-    return {"D": head_dim, "DP": max(16, _power_of_two(head_dim)), "G": group}
-
-
-def query_rows(batch: int, group: int, head_dim: int) -> int:
-    """Rows of a program of `frame_queries`: small batches spread over more programs, and more rows
-    of a wide head do not fit into registers."""
-    return 64 if batch * group >= 256 and head_dim <= 128 else 16
+    return {
+        "D": head_dim,
+        "DP": max(16 * BANDS, _power_of_two(head_dim)),  # a product takes 16 channels at least
+        "G": group,
+        "HOT_BLOCK": hadamard_block(head_dim),
+        "BAND_BLOCK": hadamard_block(head_dim // BANDS),
+    }
 
 
 def merge_constants(batch: int, group: int, head_dim: int) -> dict[str, int]:
-    """How `merge_rows` cuts its rows: large batches need no splits."""
+    """How `merge_rows` cuts its rows (request, split, query head): a product takes 16 rows, which
+    more requests than one fill."""
     heads = _power_of_two(group)
-    width = max(16, _power_of_two(head_dim))
-    large = batch >= LARGE_BATCH
-    rows = max(heads, min(MOST_MERGE_ROWS, MERGE_ELEMENTS // width) * (2 if large else 1))
-    most = (rows if large else 16) // heads  # more rows of output than 16 would wait for frames
-    together = max(1, min(_power_of_two(batch) // 4, most))
-    splits = rows // (heads * together)
-    return {"GP": heads, "COLUMNS": MERGE_COLUMNS, "REQUESTS": together, "SPLITS": splits}
+    columns = max(16, _power_of_two(head_dim // BANDS))
+    elements = MERGE_ELEMENTS // (2 if batch >= LARGE_BATCH else 1)
+    together = max(1, min(_power_of_two(batch) // 4, 16 // heads))
+    rows = max(heads * together, elements // (BANDS * columns))
+    return {
+        "GP": heads,
+        "COLUMNS": columns,
+        "REQUESTS": together,
+        "HOT_SPLITS": rows // (heads * together),
+        "SPLITS": BANDS * rows // (heads * together),
+    }
 
 
 def merge_warps(batch: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 
+from ..codec.frames import hadamard, hadamard_block
 from ..codec.slices import SliceLayout
 from ..device import Launch, has_dependent_launch
 from .kernel import encode_tokens_kernel
@@ -41,22 +42,12 @@ def rotation_signs(rotation: torch.Tensor) -> torch.Tensor:
     Raises ValueError for any other matrix.
     """
     d = rotation.shape[0]
-    block = d & -d
+    block = hadamard_block(d)
     first = torch.arange(d, device=rotation.device) // block * block
     signs = rotation[first, torch.arange(d, device=rotation.device)].float().contiguous()
-    if not torch.equal(_unsigned_hadamard(d).to(rotation.device) * signs, rotation.float()):
+    if not torch.equal(hadamard(d).to(rotation.device) * signs, rotation.float()):
         raise ValueError("rotation: expected a signed Hadamard matrix, as signed_hadamard makes it")
     return signs
-
-
-def _unsigned_hadamard(d: int) -> torch.Tensor:
-    """Signs only, block-diagonal: [d, d]; element (i, j) is negative where i & j has odd parity."""
-    block = d & -d
-    i = torch.arange(block)
-    parity = torch.zeros(block, block)
-    for bit in range(block.bit_length()):
-        parity += (i.unsqueeze(1) & i) >> bit & 1
-    return torch.block_diag(*[1 - 2 * (parity % 2)] * (d // block))
 
 
 def encode_tokens(
