@@ -82,7 +82,7 @@ from triton.compiler import ASTSource
 
 from spherical_kernels.decode.ends import frame_queries, merge_rows
 from spherical_kernels.decode.launch import (
-    FRAME_PRECISION, FRAME_ROWS, FRAME_WARPS, _tile, merge_constants, merge_warps,
+    FRAME_ROWS, FRAME_WARPS, _tile, merge_constants, merge_warps,
 )
 
 head_dim, group, batch = json.loads(sys.argv[1])
@@ -92,12 +92,12 @@ kernels = (
         "Q": "*bf16", "Channel": "*i32", "Weight": "*fp32", "Centre": "*fp32",
         "Parts": "*i8", "Units": "*fp32", "Near": "*fp32", "batch": "i32", "q_row": "i32",
         "kv_heads": "i32", "stride": "i32", "scale": "fp32",
-    }, {"ROWS": FRAME_ROWS, "PRECISION": FRAME_PRECISION[True]}),
+    }, {"ROWS": FRAME_ROWS}),
     (merge_rows, merge_warps(batch), {
         "Partial": "*fp32", "Shares": "*fp32", "Lse": "*fp32", "ItemStart": "*i32",
         "HotItems": "*i32", "Channel": "*i32", "Weight": "*fp32", "Centre": "*fp32",
         "Near": "*fp32", "Out": "*bf16", "OutLse": "*fp32", "batch": "i32", "kv_heads": "i32",
-    }, merge_constants(batch, group, head_dim) | {"HOT": True, "CALIBRATED": True}),
+    }, merge_constants(batch, group) | {"HOT": True, "CALIBRATED": True}),
 )
 tool, found = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", []
 for kernel, warps, types, constants in kernels:

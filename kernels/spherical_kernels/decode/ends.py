@@ -13,13 +13,25 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def signs_of(i, j, BLOCK: tl.constexpr):
-    """Elements (i, j) of `codec.frames.hadamard` in blocks of BLOCK, at most 256: float32."""
+def signs_of(i, j, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Elements (i, j), below SIZE, of `codec.frames.hadamard` in blocks of BLOCK, at most 256:
+    bfloat16."""
     odd = i & j & (BLOCK - 1)
     odd ^= odd >> 4
     odd ^= odd >> 2
     odd ^= odd >> 1
-    return tl.where(i // BLOCK == j // BLOCK, 1.0 - 2.0 * (odd & 1).to(tl.float32), 0.0)
+    bits = (odd & 1) << 15 | 0x3F80  # of 1.0 or -1.0
+    if BLOCK < SIZE:
+        bits = tl.where(i // BLOCK == j // BLOCK, bits, 0)
+    return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def add_signed(x, signs, out):
+    """out + x @ signs, to 2**-16 of x: in two pieces of bfloat16."""
+    high = x.to(tl.bfloat16)
+    low = (x - high.to(tl.float32)).to(tl.bfloat16)
+    return tl.dot(high, signs, tl.dot(low, signs, out))
 
 
 @triton.jit
@@ -45,7 +57,7 @@ def turn_runs(x, OUTER: tl.constexpr):
 def frame_queries(
     Q, Channel, Weight, Centre, Parts, Units, Near, batch, q_row, kv_heads, stride, scale,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, HOT_BLOCK: tl.constexpr,
-    BAND_BLOCK: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BAND_BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Queries into a key frame and to integers: ROWS queries of one KV head and a frame by every
     program.
@@ -84,10 +96,9 @@ def frame_queries(
         centre = tl.load(Centre + head * D + channel, mask=real, other=0.0) * scale
         tl.store(Near + query, tl.sum(q * centre[None, :], 1), mask=known)
     i, j = tl.arange(0, RUN)[:, None], tl.arange(0, RUN)[None, :]
-    turn = tl.where(of_frame == 0, signs_of(i, j, INNER), signs_of(i, j, BAND_BLOCK))
+    turn = tl.where(of_frame == 0, signs_of(i, j, RUN, INNER), signs_of(i, j, RUN, BAND_BLOCK))
     framed = tl.reshape(q * weight[None, :], [ROWS * BANDS, RUN])
-    # factors in two pieces of bfloat16 are exact to 2**-16, the integers to 2**-14
-    framed = tl.dot(framed, turn, input_precision=PRECISION)
+    framed = add_signed(framed, turn, tl.zeros([ROWS * BANDS, RUN], tl.float32))
     by_band = tl.reshape(framed, [ROWS, BANDS, RUN])
     if of_frame == 0:
         by_band = turn_runs(by_band, HOT_BLOCK // INNER)
@@ -125,128 +136,61 @@ def store_integers(
 
 
 @triton.jit
-def load_item(Partial, Lse, item, end, stride, d, real, D: tl.constexpr):
-    """Item `item` [ROWS] of every row, below `end`: logarithms [ROWS], sums of channels d."""
-    known = item < end
-    at = item.to(tl.int64) * stride
-    logs = tl.load(Lse + at, mask=known, other=-float("inf"))
-    inside = known[:, None] & real[None, :]
-    return logs, tl.load(Partial + at[:, None] * D + d[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def halves_of(x):
-    """[n, 2 m] -> its left and its right half, [n, m] both."""
-    HALF: tl.constexpr = x.shape[1] // 2
-    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, HALF]), (0, 2, 1)))
-
-
-@triton.jit
-def turn_piece(sums, first, channel, out, BLOCK: tl.constexpr):
-    """out + channels first, first + 1, ... of a sum, turned into `channel`."""
-    i = first + tl.arange(0, sums.shape[1])
-    turn = signs_of(i[:, None], channel[None, :], BLOCK)
-    return tl.dot(sums, turn, out, input_precision="tf32x3")
-
-
-@triton.jit
-def turn_in_quarters(sums, channel, out, BLOCK: tl.constexpr):
-    """out + sums turned: as an operand a whole row of a wide head would not fit into registers."""
-    QUARTER: tl.constexpr = sums.shape[1] // 4
-    left, right = halves_of(sums)
-    first, second = halves_of(left)
-    third, fourth = halves_of(right)
-    out = turn_piece(first, 0, channel, out, BLOCK)
-    out = turn_piece(second, QUARTER, channel, out, BLOCK)
-    out = turn_piece(third, 2 * QUARTER, channel, out, BLOCK)
-    return turn_piece(fourth, 3 * QUARTER, channel, out, BLOCK)
-
-
-@triton.jit
-def sum_items(
-    partials, shares, lses, item, end, logs, part, d, real, stride, D: tl.constexpr,
-    SPLITS: tl.constexpr, GP: tl.constexpr, COPIES: tl.constexpr, EARLY: tl.constexpr,
-    SHARES: tl.constexpr,
-):  # fmt: skip
-    """Items of one frame: every row takes item, item + SPLITS, ... below `end` [ROWS].
-
-    logs, part  where EARLY, the first of them
-    d, real     channels, and whether there are such
-    Returns the sums [COPIES * REQUESTS * GP, channels], in their frame, and per request and query
-    head [REQUESTS, GP] the largest logarithm and the mass, which those sums are in units of.
-    """
-    ROWS: tl.constexpr = item.shape[0]
-    REQUESTS: tl.constexpr = ROWS // (SPLITS * GP)
-    WIDTH: tl.constexpr = d.shape[0]
-    top = tl.full([ROWS], NONE, tl.float32)
-    mass = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, WIDTH], tl.float32)
-    for _ in range((tl.max(end - item, 0) + SPLITS - 1) // SPLITS):
-        if EARLY:  # the next items are on their way while these are added
-            its_logs, its_part = logs, part
-            logs, part = load_parts(
-                partials, shares, lses, item + SPLITS, end, stride, d, real, D, SHARES
-            )
-        else:
-            its_logs, its_part = load_parts(
-                partials, shares, lses, item, end, stride, d, real, D, SHARES
-            )
-        higher = tl.maximum(top, its_logs)
-        fade, share = tl.exp2(top - higher), tl.exp2(its_logs - higher)
-        sums = sums * fade[:, None] + its_part * share[:, None]
-        mass = mass * fade + share
-        top = higher
-        item += SPLITS
-
-    tops = tl.reshape(top, [REQUESTS, SPLITS, GP])
-    highest = tl.max(tops, 1)
-    shares_of = tl.exp2(tops - highest[:, None, :])
-    whole = tl.sum(tl.reshape(mass, [REQUESTS, SPLITS, GP]) * shares_of, 1)
-    sums *= tl.reshape(shares_of, [ROWS])[:, None]
-    sums = tl.sum(tl.reshape(sums, [REQUESTS, SPLITS, GP, WIDTH]), 1)
-    sums = tl.broadcast_to(sums[None, :, :, :], [COPIES, REQUESTS, GP, WIDTH])
-    return tl.reshape(sums, [COPIES * REQUESTS * GP, WIDTH]), highest, whole
-
-
-@triton.jit
-def load_parts(
-    partials, shares, lses, item, end, stride, d, real, D: tl.constexpr, SHARES: tl.constexpr
-):  # fmt: skip
-    """`load_item`, with the share of the centroids where there are any."""
-    logs, part = load_item(partials, lses, item, end, stride, d, real, D)
-    if SHARES:
-        _, share = load_item(shares, lses, item, end, stride, d, real, D)
-        part += share
-    return logs, part
-
-
-@triton.jit
-def rows_of(x, COPIES: tl.constexpr):
-    """[REQUESTS, GP] -> a column [COPIES * REQUESTS * GP, 1]."""
-    copies = tl.broadcast_to(x[None, :, :], [COPIES, x.shape[0], x.shape[1]])
-    return tl.reshape(copies, [COPIES * x.shape[0] * x.shape[1], 1])
-
-
-@triton.jit
 def rows_and_items(
     ItemStart, HotItems, first_request, batch, G: tl.constexpr, GP: tl.constexpr,
-    REQUESTS: tl.constexpr, SPLITS: tl.constexpr, HOT: tl.constexpr, CALIBRATED: tl.constexpr,
-    OF_HOT: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Query head and first item of every row (request, split, query head), and the end of the
-    items of its frame."""
-    row = tl.arange(0, REQUESTS * SPLITS * GP)
+    """Query head and first item of ROWS rows (request, split, query head), and the end of their
+    items: all (PART 0), those of the hot frame (1) or of the calibrated one (2)."""
+    row = tl.arange(0, ROWS)
     request = first_request + row // (GP * SPLITS)
     real = (request < batch) & (row % GP < G)
     first = tl.load(ItemStart + request, mask=real, other=0)
     end = tl.load(ItemStart + request + 1, mask=real, other=0)
-    if HOT and CALIBRATED:
+    if PART != 0:
         middle = first + tl.load(HotItems + request, mask=real, other=0)
-        if OF_HOT:
+        if PART == 1:
             end = middle
         else:
             first = middle
     return row % GP, first + row // GP % SPLITS, end
+
+
+@triton.jit
+def spread(x, SPLITS: tl.constexpr):
+    """[REQUESTS, GP] -> [REQUESTS * SPLITS * GP], the same for every split."""
+    wide = tl.broadcast_to(x[:, None, :], [x.shape[0], SPLITS, x.shape[1]])
+    return tl.reshape(wide, [x.shape[0] * SPLITS * x.shape[1]])
+
+
+@triton.jit
+def add_splits(x, REQUESTS: tl.constexpr, GP: tl.constexpr):
+    """[REQUESTS * splits * GP, n] -> [REQUESTS * GP, n]."""
+    SPLITS: tl.constexpr = x.shape[0] // (REQUESTS * GP)
+    n: tl.constexpr = x.shape[1]
+    return tl.reshape(tl.sum(tl.reshape(x, [REQUESTS, SPLITS, GP, n]), 1), [REQUESTS * GP, n])
+
+
+@triton.jit
+def load_quarters(Partial, item, end, stride, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Item `item` [ROWS] of every row, below `end`: four times WIDTH of its channels."""
+    parts = ()
+    inside = (item < end)[:, None]
+    at = Partial + (item.to(tl.int64) * stride * D)[:, None]
+    for i in tl.static_range(BANDS):
+        d = i * WIDTH + tl.arange(0, WIDTH)
+        parts = parts + (tl.load(at + d[None, :], mask=inside & (d < D)[None, :], other=0.0),)
+    return parts
+
+
+@triton.jit
+def load_band(Partial, Shares, item, end, stride, column, real, D: tl.constexpr):
+    """Item `item` [ROWS] of every row, below `end`: one band of its channels, with the share of
+    the centroids."""
+    inside = (item < end)[:, None] & real[None, :]
+    at = (item.to(tl.int64) * stride * D)[:, None] + column[None, :]
+    part = tl.load(Partial + at, mask=inside, other=0.0)
+    return part + tl.load(Shares + at, mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -254,9 +198,8 @@ def merge_rows(
     Partial, Shares, Lse, ItemStart, HotItems, Channel, Weight, Centre, Near, Out, OutLse, batch,
     kv_heads,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, HOT_BLOCK: tl.constexpr,
-    BAND_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, REQUESTS: tl.constexpr,
-    HOT_SPLITS: tl.constexpr, SPLITS: tl.constexpr, HOT: tl.constexpr, CALIBRATED: tl.constexpr,
-    PDL: tl.constexpr,
+    BAND_BLOCK: tl.constexpr, REQUESTS: tl.constexpr, LOGS: tl.constexpr, HOT_ROWS: tl.constexpr,
+    ROWS: tl.constexpr, HOT: tl.constexpr, CALIBRATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The channels of one band of the output of REQUESTS requests and one KV head by every
     program.
@@ -268,90 +211,115 @@ def merge_rows(
                have blocks of HOT_BLOCK and BAND_BLOCK; Centre float32 [kv_heads, D]
     Near       float32 [requests, kv_heads * G], q . centre of the keys, base 2
     Out        [requests, kv_heads * G, D], zero without items; OutLse float32, natural
+    LOGS, HOT_ROWS, ROWS  rows (request, split, query head) at once: of logarithms, and of items of
+               either frame
     HOT, CALIBRATED  whether items may be of the frame
     """
     head = tl.program_id(0) % kv_heads
     first_request = tl.program_id(0) // kv_heads * REQUESTS
     band = tl.program_id(1)
+    OF_REQUEST: tl.constexpr = REQUESTS * GP
     # what does not depend on the kernel before comes first: the plan was ready long ago
+    QUARTER: tl.constexpr = DP // BANDS
     WIDTH: tl.constexpr = D // BANDS
-    column = tl.arange(0, COLUMNS)
+    column = tl.arange(0, QUARTER)
     real = column < WIDTH
     place = head * D + band * WIDTH + column
     # a band of the calibrated frame is of any channels, and these take all of the hot frame
     if CALIBRATED:
         channel = tl.load(Channel + kv_heads * D + place, mask=real, other=0)
         weight = tl.load(Weight + kv_heads * D + place, mask=real, other=0.0)
-        turn = signs_of(column[:, None], column[None, :], BAND_BLOCK)
     else:
         channel = band * WIDTH + column
+    hot_weight = tl.load(Weight + head * D + channel, mask=real, other=0.0)
     centre = tl.load(Centre + head * D + channel, mask=real, other=0.0)
-    EARLY: tl.constexpr = DP <= 128 and REQUESTS * GP <= 16
-    d = tl.arange(0, DP)
-    if HOT:
-        hot_weight = tl.load(Weight + head * D + channel, mask=real, other=0.0)
-        if DP <= 128:
-            hot_turn = signs_of(d[:, None], channel[None, :], HOT_BLOCK)
-        hot_head, hot_item, hot_end = rows_and_items(
-            ItemStart, HotItems, first_request, batch, G, GP, REQUESTS, HOT_SPLITS, HOT,
-            CALIBRATED, True,
-        )  # fmt: skip
-        hot_lses = Lse + head * G + hot_head
-        hot_partials = Partial + ((head * G + hot_head) * D)[:, None]
-    if CALIBRATED:
-        its_head, item, end = rows_and_items(
-            ItemStart, HotItems, first_request, batch, G, GP, REQUESTS, SPLITS, HOT, CALIBRATED,
-            False,
-        )  # fmt: skip
-        lses = Lse + head * G + its_head
-        at = ((head * G + its_head) * D + band * WIDTH)[:, None]
-        partials, shares = Partial + at, Shares + at
+    LOG_SPLITS: tl.constexpr = LOGS // OF_REQUEST
+    HOT_SPLITS: tl.constexpr = HOT_ROWS // OF_REQUEST
+    SPLITS: tl.constexpr = ROWS // OF_REQUEST
+    BOTH: tl.constexpr = HOT and CALIBRATED
+    log_head, log_item, log_end = rows_and_items(
+        ItemStart, HotItems, first_request, batch, G, GP, LOG_SPLITS, LOGS, 0
+    )
+    hot_head, hot_item, hot_end = rows_and_items(
+        ItemStart, HotItems, first_request, batch, G, GP, HOT_SPLITS, HOT_ROWS, 1 if BOTH else 0
+    )
+    its_head, item, end = rows_and_items(
+        ItemStart, HotItems, first_request, batch, G, GP, SPLITS, ROWS, 2 if BOTH else 0
+    )
     if PDL:
         tl.extra.cuda.gdc_wait()
 
     stride = kv_heads * G
-    # a product takes 16 rows at least
-    COPIES: tl.constexpr = 16 // (REQUESTS * GP) if REQUESTS * GP < 16 else 1
-    hot_logs, hot_part, logs, part = 0.0, 0.0, 0.0, 0.0
-    if EARLY and HOT:
-        hot_logs, hot_part = load_item(
-            hot_partials, hot_lses, hot_item, hot_end, stride, d, d < D, D
-        )
-    if EARLY and CALIBRATED:
-        logs, part = load_parts(partials, shares, lses, item, end, stride, column, real, D, True)
+    hot_partial = Partial + ((head * G + hot_head) * D)[:, None]
+    at = ((head * G + its_head) * D + band * WIDTH)[:, None]
+    # the first items are on their way while logarithms are added up
     if HOT:
-        sums, top, mass = sum_items(
-            hot_partials, hot_partials, hot_lses, hot_item, hot_end, hot_logs, hot_part, d, d < D,
-            stride, D, HOT_SPLITS, GP, COPIES, EARLY, False,
-        )  # fmt: skip
-        out = tl.zeros([COPIES * REQUESTS * GP, COLUMNS], tl.float32)
-        if DP <= 128:
-            out = tl.dot(sums, hot_turn, out, input_precision="tf32x3")
-        else:
-            out = turn_in_quarters(sums, channel, out, HOT_BLOCK)
-        out *= hot_weight[None, :]
+        next_hot = load_quarters(hot_partial, hot_item, hot_end, stride, D, QUARTER)
     if CALIBRATED:
-        its_sums, its_top, its_mass = sum_items(
-            partials, shares, lses, item, end, logs, part, column, real, stride, D, SPLITS, GP,
-            COPIES, EARLY, True,
-        )  # fmt: skip
-        its_out = tl.dot(its_sums, turn, input_precision="tf32x3") * weight[None, :]
-        if HOT:
-            higher = tl.maximum(top, its_top)
-            fade, its_fade = tl.exp2(top - higher), tl.exp2(its_top - higher)
-            its_out = out * rows_of(fade, COPIES) + its_out * rows_of(its_fade, COPIES)
-            its_top, its_mass = higher, mass * fade + its_mass * its_fade
-        out, top, mass = its_out, its_top, its_mass
-    inverse = tl.where(mass == 0, 0.0, 1.0 / mass)  # NaN stays
-    m = tl.arange(0, COPIES * REQUESTS * GP)
-    of_row = first_request + m // GP
-    known = (m < REQUESTS * GP) & (of_row < batch) & (m % GP < G)
-    out *= rows_of(inverse, COPIES)
-    out = tl.where(rows_of(mass, COPIES) == 0, 0.0, out + centre[None, :])
-    query = (of_row * kv_heads + head) * G + m % GP
+        next_band = load_band(Partial + at, Shares + at, item, end, stride, column, real, D)
+
+    logs_at = Lse + head * G
+    top = tl.full([LOGS], NONE, tl.float32)
+    mass = tl.zeros([LOGS], tl.float32)
+    for _ in range((tl.max(log_end - log_item, 0) + LOG_SPLITS - 1) // LOG_SPLITS):
+        its = logs_at + log_item.to(tl.int64) * stride + log_head
+        logs = tl.load(its, mask=log_item < log_end, other=-float("inf"))
+        higher = tl.maximum(top, logs)
+        mass = mass * tl.exp2(top - higher) + tl.exp2(logs - higher)
+        top = higher
+        log_item += LOG_SPLITS
+    tops = tl.reshape(top, [REQUESTS, LOG_SPLITS, GP])
+    top = tl.max(tops, 1)
+    masses = tl.reshape(mass, [REQUESTS, LOG_SPLITS, GP]) * tl.exp2(tops - top[:, None, :])
+    mass = tl.sum(masses, 1)  # [REQUESTS, GP]
+
+    out = tl.zeros([OF_REQUEST, QUARTER], tl.float32)
+    if HOT:
+        hot_top = spread(top, HOT_SPLITS)
+        sums = ()
+        for i in tl.static_range(BANDS):
+            sums = sums + (tl.zeros([HOT_ROWS, QUARTER], tl.float32),)
+        for _ in range((tl.max(hot_end - hot_item, 0) + HOT_SPLITS - 1) // HOT_SPLITS):
+            its = logs_at + hot_item.to(tl.int64) * stride + hot_head
+            logs = tl.load(its, mask=hot_item < hot_end, other=-float("inf"))
+            share = tl.exp2(logs - hot_top)[:, None]
+            parts = next_hot
+            hot_item += HOT_SPLITS
+            next_hot = load_quarters(hot_partial, hot_item, hot_end, stride, D, QUARTER)
+            new_sums = ()
+            for i in tl.static_range(BANDS):
+                new_sums = new_sums + (sums[i] + parts[i] * share,)
+            sums = new_sums
+        turned = tl.zeros([HOT_ROWS, QUARTER], tl.float32)
+        for i in tl.static_range(BANDS):
+            d = i * QUARTER + tl.arange(0, QUARTER)
+            turned = add_signed(
+                sums[i], signs_of(d[:, None], channel[None, :], DP, HOT_BLOCK), turned
+            )
+        out += add_splits(turned, REQUESTS, GP) * hot_weight[None, :]
+    if CALIBRATED:
+        its_top = spread(top, SPLITS)
+        band_sums = tl.zeros([ROWS, QUARTER], tl.float32)
+        for _ in range((tl.max(end - item, 0) + SPLITS - 1) // SPLITS):
+            its = logs_at + item.to(tl.int64) * stride + its_head
+            logs = tl.load(its, mask=item < end, other=-float("inf"))
+            part = next_band
+            item += SPLITS
+            next_band = load_band(Partial + at, Shares + at, item, end, stride, column, real, D)
+            band_sums += part * tl.exp2(logs - its_top)[:, None]
+        turn = signs_of(column[:, None], column[None, :], QUARTER, BAND_BLOCK)
+        turned = add_signed(band_sums, turn, tl.zeros([ROWS, QUARTER], tl.float32))
+        out += add_splits(turned, REQUESTS, GP) * weight[None, :]
+
+    masses = tl.reshape(mass, [OF_REQUEST])[:, None]
+    out = out * tl.where(masses == 0, 0.0, 1.0 / masses)  # NaN stays
+    out = tl.where(masses == 0, 0.0, out + centre[None, :])
+    m = tl.arange(0, OF_REQUEST)
+    request = first_request + m // GP
+    known = (request < batch) & (m % GP < G)
+    query = (request * kv_heads + head) * G + m % GP
     target = Out + query.to(tl.int64)[:, None] * D + channel[None, :]
-    inside = known[:, None] & real[None, :]
-    tl.store(target, out.to(Out.dtype.element_ty), mask=inside)
+    tl.store(target, out.to(Out.dtype.element_ty), mask=known[:, None] & real[None, :])
     if band == 0:
         r = first_request + tl.arange(0, REQUESTS)[:, None]
         g = tl.arange(0, GP)[None, :]

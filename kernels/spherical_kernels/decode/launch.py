@@ -38,17 +38,19 @@ MOST_HEADS = 8
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
 """Shared memory of a multiprocessor, and what the system takes of it for every program."""
 
-MERGE_ELEMENTS, MERGE_WARPS = 4096, 8
-"""Numbers of items of either frame that a program of the merge holds at once, and its warps. For
-LARGE_BATCH requests and more half of both: more programs than one then fit a multiprocessor."""
+MERGE_ROWS, MERGE_WARPS = 32, 4
+"""Rows (request, split, query head) of the calibrated frame that a program of the merge holds at
+once, and its warps; for LARGE_BATCH requests and more LARGE_MERGE_ROWS and LARGE_MERGE_WARPS, since
+many programs then fit a multiprocessor."""
 
 LARGE_BATCH = 64
+LARGE_MERGE_ROWS, LARGE_MERGE_WARPS = 16, 2
+
+FEWEST_ROWS = 16
+"""Of a product."""
 
 FRAME_ROWS, FRAME_WARPS = 4, 1
 """Queries of a program of `frame_queries`, and its warps."""
-
-FRAME_PRECISION = {True: "bf16x3", False: "ieee"}
-"""Of its products: with PTX, and where Triton interprets, which knows no pieces of bfloat16."""
 
 _OPERAND_BITS = 10  # a float16 is linear in its low 10 bits
 
@@ -180,7 +182,7 @@ def run_decode(
     tuning = tuning or tuning_for(kinds, group)
     pdl = has_dependent_launch(q.device)
     queries = workspace.parts, workspace.units
-    _frame_launch(d, group, has_ptx(q.device), pdl, after_encode)(
+    _frame_launch(d, group, pdl, after_encode)(
         (-(-batch * group // FRAME_ROWS) * kv_heads, len(FRAMES), 1),
         q, frames.key_picks.channel, frames.key_picks.weight, frames.key_centre, *queries,
         workspace.near, batch, q.stride(0), kv_heads, max_batch * heads, scale * LOG2_E,
@@ -207,7 +209,7 @@ def run_decode(
 def _frame_launch(head_dim: int, group: int, ptx: bool, pdl: bool, after_encode: bool) -> Launch:
     return Launch(
         frame_queries, **_tile(head_dim, group), ROWS=FRAME_ROWS,
-        PRECISION=FRAME_PRECISION[ptx], PDL=pdl, num_warps=FRAME_WARPS,
+        PDL=pdl, num_warps=FRAME_WARPS,
         **launch_options(pdl and after_encode),
     )  # fmt: skip
 
@@ -226,8 +228,9 @@ def _page_launch(
 def _merge_launch(kinds: tuple[Kind, ...], batch: int, group: int, pdl: bool) -> Launch:
     head_dim = kinds[0][0].head_dim
     return Launch(
-        merge_rows, **_tile(head_dim, group), **merge_constants(batch, group, head_dim),
-        HOT=not kinds[0][0].calibrated, CALIBRATED=kinds[-1][0].calibrated, PDL=pdl,
+        merge_rows, **_tile(head_dim, group), **merge_constants(batch, group),
+        HOT=not kinds[0][0].calibrated, CALIBRATED=kinds[-1][0].calibrated,
+        PDL=pdl,
         num_warps=merge_warps(batch), **launch_options(pdl),
     )  # fmt: skip
 
@@ -242,26 +245,19 @@ def _tile(head_dim: int, group: int) -> dict[str, int]:
     }
 
 
-def merge_constants(batch: int, group: int, head_dim: int) -> dict[str, int]:
-    """How `merge_rows` cuts its rows (request, split, query head): a product takes 16 rows, which
-    more requests than one fill."""
+def merge_constants(batch: int, group: int) -> dict[str, int]:
+    """How `merge_rows` cuts its rows: large batches have few items and need no splits."""
     heads = _power_of_two(group)
-    columns = max(16, _power_of_two(head_dim // BANDS))
-    elements = MERGE_ELEMENTS // (2 if batch >= LARGE_BATCH else 1)
-    together = max(1, min(_power_of_two(batch) // 4, 16 // heads))
-    rows = max(heads * together, elements // (BANDS * columns))
-    return {
-        "GP": heads,
-        "COLUMNS": columns,
-        "REQUESTS": together,
-        "HOT_SPLITS": rows // (heads * together),
-        "SPLITS": BANDS * rows // (heads * together),
-    }
+    large = batch >= LARGE_BATCH
+    together = max(1, FEWEST_ROWS // heads) if large else 1
+    least = max(FEWEST_ROWS, heads * together)
+    rows = max(least, LARGE_MERGE_ROWS if large else MERGE_ROWS)
+    return {"GP": heads, "REQUESTS": together, "LOGS": rows, "HOT_ROWS": least, "ROWS": rows}
 
 
 def merge_warps(batch: int) -> int:
     """Warps of a program of `merge_rows`."""
-    return MERGE_WARPS // (2 if batch >= LARGE_BATCH else 1)
+    return LARGE_MERGE_WARPS if batch >= LARGE_BATCH else MERGE_WARPS
 
 
 def _power_of_two(n: int) -> int:
