@@ -86,7 +86,7 @@ from spherical_kernels.decode.launch import (
 )
 
 head_dim, group, batch = json.loads(sys.argv[1])
-tile = _tile(head_dim, group) | {"PDL": True}
+tile = _tile(head_dim, group) | {"PTX": True, "PDL": True}
 kernels = (
     (frame_queries, FRAME_WARPS, {
         "Q": "*bf16", "Channel": "*i32", "Weight": "*fp32", "Centre": "*fp32",

@@ -27,8 +27,11 @@ def signs_of(i, j, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def add_signed(x, signs, out):
-    """out + x @ signs, to 2**-16 of x: in two pieces of bfloat16."""
+def add_signed(x, signs, out, PTX: tl.constexpr):
+    """out + x @ signs, to 2**-16 of x: in two pieces of bfloat16, which Triton's interpreter does
+    not multiply."""
+    if not PTX:
+        return tl.dot(x, signs.to(tl.float32), out, input_precision="ieee")
     high = x.to(tl.bfloat16)
     low = (x - high.to(tl.float32)).to(tl.bfloat16)
     return tl.dot(high, signs, tl.dot(low, signs, out))
@@ -57,7 +60,7 @@ def turn_runs(x, OUTER: tl.constexpr):
 def frame_queries(
     Q, Channel, Weight, Centre, Parts, Units, Near, batch, q_row, kv_heads, stride, scale,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, HOT_BLOCK: tl.constexpr,
-    BAND_BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    BAND_BLOCK: tl.constexpr, ROWS: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Queries into a key frame and to integers: ROWS queries of one KV head and a frame by every
     program.
@@ -98,7 +101,7 @@ def frame_queries(
     i, j = tl.arange(0, RUN)[:, None], tl.arange(0, RUN)[None, :]
     turn = tl.where(of_frame == 0, signs_of(i, j, RUN, INNER), signs_of(i, j, RUN, BAND_BLOCK))
     framed = tl.reshape(q * weight[None, :], [ROWS * BANDS, RUN])
-    framed = add_signed(framed, turn, tl.zeros([ROWS * BANDS, RUN], tl.float32))
+    framed = add_signed(framed, turn, tl.zeros([ROWS * BANDS, RUN], tl.float32), PTX)
     by_band = tl.reshape(framed, [ROWS, BANDS, RUN])
     if of_frame == 0:
         by_band = turn_runs(by_band, HOT_BLOCK // INNER)
@@ -199,7 +202,8 @@ def merge_rows(
     kv_heads,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, HOT_BLOCK: tl.constexpr,
     BAND_BLOCK: tl.constexpr, REQUESTS: tl.constexpr, LOGS: tl.constexpr, HOT_ROWS: tl.constexpr,
-    ROWS: tl.constexpr, HOT: tl.constexpr, CALIBRATED: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, HOT: tl.constexpr, CALIBRATED: tl.constexpr, PTX: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The channels of one band of the output of REQUESTS requests and one KV head by every
     program.
@@ -294,7 +298,7 @@ def merge_rows(
         for i in tl.static_range(BANDS):
             d = i * QUARTER + tl.arange(0, QUARTER)
             turned = add_signed(
-                sums[i], signs_of(d[:, None], channel[None, :], DP, HOT_BLOCK), turned
+                sums[i], signs_of(d[:, None], channel[None, :], DP, HOT_BLOCK), turned, PTX
             )
         out += add_splits(turned, REQUESTS, GP) * hot_weight[None, :]
     if CALIBRATED:
@@ -308,7 +312,7 @@ def merge_rows(
             next_band = load_band(Partial + at, Shares + at, item, end, stride, column, real, D)
             band_sums += part * tl.exp2(logs - its_top)[:, None]
         turn = signs_of(column[:, None], column[None, :], QUARTER, BAND_BLOCK)
-        turned = add_signed(band_sums, turn, tl.zeros([ROWS, QUARTER], tl.float32))
+        turned = add_signed(band_sums, turn, tl.zeros([ROWS, QUARTER], tl.float32), PTX)
         out += add_splits(turned, REQUESTS, GP) * weight[None, :]
 
     masses = tl.reshape(mass, [OF_REQUEST])[:, None]

@@ -182,7 +182,7 @@ def run_decode(
     tuning = tuning or tuning_for(kinds, group)
     pdl = has_dependent_launch(q.device)
     queries = workspace.parts, workspace.units
-    _frame_launch(d, group, pdl, after_encode)(
+    _frame_launch(d, group, has_ptx(q.device), pdl, after_encode)(
         (-(-batch * group // FRAME_ROWS) * kv_heads, len(FRAMES), 1),
         q, frames.key_picks.channel, frames.key_picks.weight, frames.key_centre, *queries,
         workspace.near, batch, q.stride(0), kv_heads, max_batch * heads, scale * LOG2_E,
@@ -196,7 +196,7 @@ def run_decode(
         pages.page_blocks.shape[1], pages.block_bytes, pages.kind_of.stride(0), kv_heads,
         max_batch * heads,
     )  # fmt: skip
-    merge = _merge_launch(kinds, batch, group, pdl)
+    merge = _merge_launch(kinds, batch, group, has_ptx(q.device), pdl)
     merge(
         (-(-batch // merge.constants["REQUESTS"]) * kv_heads, BANDS, 1),
         workspace.partial, workspace.shares, workspace.partial_lse, tables.item_start,
@@ -208,9 +208,8 @@ def run_decode(
 @cache
 def _frame_launch(head_dim: int, group: int, ptx: bool, pdl: bool, after_encode: bool) -> Launch:
     return Launch(
-        frame_queries, **_tile(head_dim, group), ROWS=FRAME_ROWS,
-        PDL=pdl, num_warps=FRAME_WARPS,
-        **launch_options(pdl and after_encode),
+        frame_queries, **_tile(head_dim, group), ROWS=FRAME_ROWS, PTX=ptx, PDL=pdl,
+        num_warps=FRAME_WARPS, **launch_options(pdl and after_encode),
     )  # fmt: skip
 
 
@@ -225,12 +224,11 @@ def _page_launch(
 
 
 @cache
-def _merge_launch(kinds: tuple[Kind, ...], batch: int, group: int, pdl: bool) -> Launch:
+def _merge_launch(kinds: tuple[Kind, ...], batch: int, group: int, ptx: bool, pdl: bool) -> Launch:
     head_dim = kinds[0][0].head_dim
     return Launch(
         merge_rows, **_tile(head_dim, group), **merge_constants(batch, group),
-        HOT=not kinds[0][0].calibrated, CALIBRATED=kinds[-1][0].calibrated,
-        PDL=pdl,
+        HOT=not kinds[0][0].calibrated, CALIBRATED=kinds[-1][0].calibrated, PTX=ptx, PDL=pdl,
         num_warps=merge_warps(batch), **launch_options(pdl),
     )  # fmt: skip
 
