@@ -38,13 +38,12 @@ MOST_HEADS = 8
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
 """Shared memory of a multiprocessor, and what the system takes of it for every program."""
 
-MERGE_ROWS, MERGE_WARPS = 32, 4
-"""Rows (request, split, query head) of the calibrated frame that a program of the merge holds at
-once, and its warps; for LARGE_BATCH requests and more LARGE_MERGE_ROWS and LARGE_MERGE_WARPS, since
-many programs then fit a multiprocessor."""
-
 LARGE_BATCH = 64
-LARGE_MERGE_ROWS, LARGE_MERGE_WARPS = 16, 2
+
+MERGES = {1: (64, 4), 16: (32, 2), LARGE_BATCH: (16, 2)}
+"""By the smallest batch they are for: rows (request, split, query head) of the calibrated frame that
+a program of the merge holds at once, and its warps. The device runs as many items whatever the
+batch, so that requests of larger ones have fewer each."""
 
 FEWEST_ROWS = 16
 """Of a product."""
@@ -244,18 +243,21 @@ def _tile(head_dim: int, group: int) -> dict[str, int]:
 
 
 def merge_constants(batch: int, group: int) -> dict[str, int]:
-    """How `merge_rows` cuts its rows: large batches have few items and need no splits."""
+    """How `merge_rows` cuts its rows: in large batches a program takes several requests."""
     heads = _power_of_two(group)
-    large = batch >= LARGE_BATCH
-    together = max(1, FEWEST_ROWS // heads) if large else 1
+    together = max(1, FEWEST_ROWS // heads) if batch >= LARGE_BATCH else 1
     least = max(FEWEST_ROWS, heads * together)
-    rows = max(least, LARGE_MERGE_ROWS if large else MERGE_ROWS)
+    rows = max(least, _merge(batch)[0])
     return {"GP": heads, "REQUESTS": together, "LOGS": rows, "HOT_ROWS": least, "ROWS": rows}
 
 
 def merge_warps(batch: int) -> int:
     """Warps of a program of `merge_rows`."""
-    return LARGE_MERGE_WARPS if batch >= LARGE_BATCH else MERGE_WARPS
+    return _merge(batch)[1]
+
+
+def _merge(batch: int) -> tuple[int, int]:
+    return MERGES[max(least for least in MERGES if least <= batch)]
 
 
 def _power_of_two(n: int) -> int:
