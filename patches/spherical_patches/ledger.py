@@ -96,6 +96,14 @@ PATCHES = (
         removable_when="SGLang tells its prefix cache of every step",
     ),
     Patch(
+        target="sglang.srt.managers.scheduler.Scheduler.on_idle",
+        hook_type="AFTER",
+        hook="spherical_patches.scheduling:idled",
+        signature="(self)",
+        reason="cached prefixes are re-encoded while nothing runs",
+        removable_when="SGLang tells its prefix cache of every step",
+    ),
+    Patch(
         target=f"{_SIZER}._compute_cell_size",
         hook_type="AROUND",
         hook="spherical_patches.pool_sizing:cell_size",

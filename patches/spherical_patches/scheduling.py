@@ -1,4 +1,4 @@
-"""What the cache does between two forward passes."""
+"""What the cache does between two forward passes, and while there are none."""
 
 from __future__ import annotations
 
@@ -10,3 +10,11 @@ def forward_launched(result: Any, self: Any, *_: Any, **__: Any) -> None:
     launched = getattr(self.tree_cache, "forward_launched", None)
     if launched is not None:  # SGLang's own trees have no such method
         launched()
+
+
+def idled(result: Any, self: Any, *_: Any, **__: Any) -> None:
+    """After `Scheduler.on_idle`, which every rank comes to as often as the others do: each round of
+    the scheduler's loop begins with the requests that rank 0 hands out."""
+    idle = getattr(self.tree_cache, "idle", None)
+    if idle is not None:
+        idle()

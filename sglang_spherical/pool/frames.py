@@ -104,6 +104,8 @@ class Frames:
         self.by_frame[:, :, 0] = self.rotation
         self.dual = self.by_frame[:, :, 1]
         self.picks = Picks.of(self.by_frame)
+        # decoding writes its output channel by channel of the picks, calibrated or not
+        self.picks.channel[:, :, 1] = torch.arange(head_dim, device=device)
         self.statistics = HeadStatistics(layers, kv_heads, head_dim, device)
         self.centred = [False] * layers
         self.calibrated = False

@@ -45,3 +45,8 @@ class DeviceOrder:
             tensor.record_stream(stream)
         with torch.cuda.stream(stream):
             yield
+
+    def wait(self) -> None:
+        """The host waits for all that has been launched so far, where there is a device."""
+        if torch.cuda.is_available():
+            (self.stream or torch.cuda.current_stream()).synchronize()

@@ -238,6 +238,13 @@ class SphericalRadixCache(RadixCache):
         if self.unsettled and self._may_settle():
             self._settle_waiting()
 
+    def idle(self) -> None:
+        """Nothing runs: as much is re-encoded as behind a forward pass, and waited for, so that a
+        request that comes meanwhile waits for no more than that."""
+        if self.unsettled and self._may_settle():
+            self.forward_launched()
+            self.allocator.pool.order.wait()
+
     def _settle(self, node: Node, length: int) -> None:
         """Gives the prefix that ends in `node` its budget; what requests read hot stays hot."""
         if not self._may_settle():

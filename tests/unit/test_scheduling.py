@@ -1,10 +1,10 @@
-"""The hook behind every forward pass."""
+"""The hooks behind every forward pass, and while there is none."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
-from spherical_patches.scheduling import forward_launched
+from spherical_patches.scheduling import forward_launched, idled
 
 
 def test_the_spherical_tree_is_told_and_others_are_left_alone() -> None:
@@ -13,3 +13,11 @@ def test_the_spherical_tree_is_told_and_others_are_left_alone() -> None:
     assert forward_launched("result", SimpleNamespace(tree_cache=tree), "batch") is None
     assert told == ["launched"]
     forward_launched("result", SimpleNamespace(tree_cache=object()), "batch", None)
+
+
+def test_it_is_told_of_idle_rounds_too() -> None:
+    told: list[str] = []
+    tree = SimpleNamespace(idle=lambda: told.append("idle"))
+    assert idled(None, SimpleNamespace(tree_cache=tree)) is None
+    assert told == ["idle"]
+    idled(None, SimpleNamespace(tree_cache=object()))

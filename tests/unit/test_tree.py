@@ -613,6 +613,17 @@ def test_no_more_than_it_may_is_lowered_between_two_forward_passes(settle_pages:
     assert done >= 5
 
 
+def test_an_idle_server_settles_what_waits() -> None:
+    cache = Cache(recent=0, settle_pages=2)
+    ready_frames_like_content(cache)
+    cache.serve(pages_of(*LONG[:6]))
+    for done in (2, 4, 5):
+        assert cache.levels(pages_of(*LONG[:6])) == [0, *[WARM] * done, *[0] * (5 - done)]
+        cache.tree.idle()
+        cache.check()
+    assert not cache.tree.unsettled
+
+
 def test_the_default_is_by_bytes() -> None:
     page = LAYOUT.hot_blocks * LAYOUT.block_bytes
     assert Cache(settle_pages=None).tree.settle_pages == SETTLE_BYTES // page

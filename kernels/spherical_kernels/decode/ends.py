@@ -90,14 +90,17 @@ def frame_queries(
     in_band = place % RUN
     d = tl.where(of_frame == 0, place, place // RUN * (D // BANDS) + in_band)
     real = tl.where(of_frame == 0, place, in_band) < tl.where(of_frame == 0, D, D // BANDS)
+    # nothing here waits for anything else here
     picked = (of_frame * kv_heads + head) * D + d
     channel = tl.load(Channel + picked, mask=real, other=0)
     weight = tl.load(Weight + picked, mask=real, other=0.0) * scale
-    inside = known[:, None] & real[None, :]
-    q = tl.load(row[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    centre = tl.load(Centre + head * D + place, mask=place < D, other=0.0)
+    inside = known[:, None] & (place < D)[None, :]
+    q = tl.load(row[:, None] + place[None, :], mask=inside, other=0.0).to(tl.float32)
     if of_frame == 0:
-        centre = tl.load(Centre + head * D + channel, mask=real, other=0.0) * scale
-        tl.store(Near + query, tl.sum(q * centre[None, :], 1), mask=known)
+        tl.store(Near + query, tl.sum(q * centre[None, :], 1) * scale, mask=known)
+    else:
+        q = tl.gather(q, tl.broadcast_to(channel[None, :], [ROWS, DP]), 1)
     i, j = tl.arange(0, RUN)[:, None], tl.arange(0, RUN)[None, :]
     turn = tl.where(of_frame == 0, signs_of(i, j, RUN, INNER), signs_of(i, j, RUN, BAND_BLOCK))
     framed = tl.reshape(q * weight[None, :], [ROWS * BANDS, RUN])
@@ -140,14 +143,15 @@ def store_integers(
 
 @triton.jit
 def rows_and_items(
-    ItemStart, HotItems, first_request, batch, G: tl.constexpr, GP: tl.constexpr,
+    ItemStart, HotItems, first_request, batch, first_head, G: tl.constexpr, GP: tl.constexpr,
     SPLITS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Query head and first item of ROWS rows (request, split, query head), and the end of their
     items: all (PART 0), those of the hot frame (1) or of the calibrated one (2)."""
     row = tl.arange(0, ROWS)
     request = first_request + row // (GP * SPLITS)
-    real = (request < batch) & (row % GP < G)
+    query_head = first_head + row % GP
+    real = (request < batch) & (query_head < G)
     first = tl.load(ItemStart + request, mask=real, other=0)
     end = tl.load(ItemStart + request + 1, mask=real, other=0)
     if PART != 0:
@@ -156,7 +160,7 @@ def rows_and_items(
             end = middle
         else:
             first = middle
-    return row % GP, first + row // GP % SPLITS, end
+    return query_head, first + row // GP % SPLITS, end
 
 
 @triton.jit
@@ -205,8 +209,8 @@ def merge_rows(
     ROWS: tl.constexpr, HOT: tl.constexpr, CALIBRATED: tl.constexpr, PTX: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """The channels of one band of the output of REQUESTS requests and one KV head by every
-    program.
+    """The channels of one band of the output of REQUESTS requests and GP query heads of one KV head
+    by every program.
 
     Partial    float32 [items, kv_heads, G, D], in the value frames; Lse likewise, base 2
     Shares     float32 like Partial, to be added to items of the calibrated frame
@@ -222,6 +226,7 @@ def merge_rows(
     head = tl.program_id(0) % kv_heads
     first_request = tl.program_id(0) // kv_heads * REQUESTS
     band = tl.program_id(1)
+    first_head = tl.program_id(2) * GP
     OF_REQUEST: tl.constexpr = REQUESTS * GP
     # what does not depend on the kernel before comes first: the plan was ready long ago
     QUARTER: tl.constexpr = DP // BANDS
@@ -242,13 +247,22 @@ def merge_rows(
     SPLITS: tl.constexpr = ROWS // OF_REQUEST
     BOTH: tl.constexpr = HOT and CALIBRATED
     log_head, log_item, log_end = rows_and_items(
-        ItemStart, HotItems, first_request, batch, G, GP, LOG_SPLITS, LOGS, 0
+        ItemStart, HotItems, first_request, batch, first_head, G, GP, LOG_SPLITS, LOGS, 0
     )
     hot_head, hot_item, hot_end = rows_and_items(
-        ItemStart, HotItems, first_request, batch, G, GP, HOT_SPLITS, HOT_ROWS, 1 if BOTH else 0
+        ItemStart,
+        HotItems,
+        first_request,
+        batch,
+        first_head,
+        G,
+        GP,
+        HOT_SPLITS,
+        HOT_ROWS,
+        1 if BOTH else 0,
     )
     its_head, item, end = rows_and_items(
-        ItemStart, HotItems, first_request, batch, G, GP, SPLITS, ROWS, 2 if BOTH else 0
+        ItemStart, HotItems, first_request, batch, first_head, G, GP, SPLITS, ROWS, 2 if BOTH else 0
     )
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -320,13 +334,13 @@ def merge_rows(
     out = tl.where(masses == 0, 0.0, out + centre[None, :])
     m = tl.arange(0, OF_REQUEST)
     request = first_request + m // GP
-    known = (request < batch) & (m % GP < G)
-    query = (request * kv_heads + head) * G + m % GP
+    known = (request < batch) & (first_head + m % GP < G)
+    query = (request * kv_heads + head) * G + first_head + m % GP
     target = Out + query.to(tl.int64)[:, None] * D + channel[None, :]
     tl.store(target, out.to(Out.dtype.element_ty), mask=known[:, None] & real[None, :])
     if band == 0:
         r = first_request + tl.arange(0, REQUESTS)[:, None]
-        g = tl.arange(0, GP)[None, :]
+        g = first_head + tl.arange(0, GP)[None, :]
         at_lse = (r * kv_heads + head) * G + g
         mine = (r < batch) & (g < G)
         near = tl.load(Near + at_lse, mask=mine, other=0.0)

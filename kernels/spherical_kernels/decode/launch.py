@@ -40,10 +40,11 @@ SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
 
 LARGE_BATCH = 64
 
-MERGES = {1: (64, 4), 16: (32, 2), LARGE_BATCH: (16, 2)}
-"""By the smallest batch they are for: rows (request, split, query head) of the calibrated frame that
-a program of the merge holds at once, and its warps. The device runs as many items whatever the
-batch, so that requests of larger ones have fewer each."""
+MERGES = {1: (64, 4, 1), 16: (32, 4, MOST_HEADS), LARGE_BATCH: (16, 2, MOST_HEADS)}
+"""By the smallest batch they are for: rows (request, split, query head) of the calibrated frame
+that a program of the merge holds at once, its warps and its query heads at most. The device runs as
+many items whatever the batch: requests of small ones have more each, and leave more programs to
+be had."""
 
 FEWEST_ROWS = 16
 """Of a product."""
@@ -197,7 +198,11 @@ def run_decode(
     )  # fmt: skip
     merge = _merge_launch(kinds, batch, group, has_ptx(q.device), pdl)
     merge(
-        (-(-batch // merge.constants["REQUESTS"]) * kv_heads, BANDS, 1),
+        (
+            -(-batch // merge.constants["REQUESTS"]) * kv_heads,
+            BANDS,
+            -(-group // merge.constants["GP"]),
+        ),
         workspace.partial, workspace.shares, workspace.partial_lse, tables.item_start,
         tables.hot_items, frames.value_picks.channel, frames.value_picks.weight,
         frames.value_centre, workspace.near, out, lse, batch, kv_heads,
@@ -244,10 +249,11 @@ def _tile(head_dim: int, group: int) -> dict[str, int]:
 
 def merge_constants(batch: int, group: int) -> dict[str, int]:
     """How `merge_rows` cuts its rows: in large batches a program takes several requests."""
-    heads = _power_of_two(group)
-    together = max(1, FEWEST_ROWS // heads) if batch >= LARGE_BATCH else 1
+    most_rows, _, most_heads = _merge(batch)
+    heads = min(_power_of_two(group), most_heads)
+    together = FEWEST_ROWS // heads if batch >= LARGE_BATCH else 1
     least = max(FEWEST_ROWS, heads * together)
-    rows = max(least, _merge(batch)[0])
+    rows = max(least, most_rows)
     return {"GP": heads, "REQUESTS": together, "LOGS": rows, "HOT_ROWS": least, "ROWS": rows}
 
 
@@ -256,7 +262,7 @@ def merge_warps(batch: int) -> int:
     return _merge(batch)[1]
 
 
-def _merge(batch: int) -> tuple[int, int]:
+def _merge(batch: int) -> tuple[int, int, int]:
     return MERGES[max(least for least in MERGES if least <= batch)]
 
 
