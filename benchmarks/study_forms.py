@@ -19,7 +19,7 @@ from sglang_spherical.evaluation.comparators.lloyd import lloyd_max_levels
 from spherical_kernels.codec.pages import GAUSSIAN_STEP, HEADROOM, code_banded, steps_of
 from spherical_kernels.codec.radii import nearest_codes, radius_table
 
-STEP = GAUSSIAN_STEP | {1: 1.596, 3: 0.5860, 5: 0.1881}
+STEP = GAUSSIAN_STEP | {3: 0.5860, 5: 0.1881}
 """Best uniform step for a unit normal in standard deviations, odd widths too (Max 1960)."""
 
 AFTER = {"fp16": 16, "e4m4": 8}

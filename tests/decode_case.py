@@ -25,6 +25,10 @@ HOT, HOT4 = (PATTERNS[0], PATTERNS[0]), (PATTERNS[1], PATTERNS[1])
 WARM = PATTERNS[2], PATTERNS[3]
 COOL = PATTERNS[4], PATTERNS[4]
 COLD = PATTERNS[5], PATTERNS[6]
+FROZEN = PATTERNS[7], PATTERNS[6]
+UNCODED = Pattern(FrameKind.CALIBRATED, (4, 2, 2, 0)), PATTERNS[7]
+"""Keys without codes in a band, values with digits of one bit: no level has them."""
+
 Kinds = tuple[tuple[Pattern, Pattern], ...]
 
 

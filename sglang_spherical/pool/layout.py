@@ -305,7 +305,7 @@ _BETWEEN: dict[tuple[int, int], Kind] = {
 
 _LAST: dict[int, Kind] = {
     3: _CACHED[2],
-    2: (_calibrated(4, 2, 2, 0), _calibrated(2, 2, 2, 2)),
+    2: (_calibrated(4, 2, 1, 1), _calibrated(2, 2, 2, 2)),
 }
 """Of frozen, by the bits of cold."""
 

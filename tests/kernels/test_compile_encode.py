@@ -103,7 +103,17 @@ def test_encoder_compiles_without_spills(d: int, pattern: int) -> None:
 
 @pytest.mark.parametrize(
     ("d", "old", "new"),
-    [(128, 0, 2), (128, 2, 5), (128, 3, 6), (64, 0, 3), (96, 0, 2), (256, 0, 2), (128, 1, 5)],
+    [
+        (128, 0, 2),
+        (128, 2, 5),
+        (128, 3, 6),
+        (64, 0, 3),
+        (96, 0, 2),
+        (256, 0, 2),
+        (128, 1, 5),
+        (128, 5, 7),
+        (64, 0, 7),
+    ],
 )
 def test_retiering_compiles_without_spills(d: int, old: int, new: int) -> None:
     assert_no_spills(compile_apart(RETIER, d, old, new), 1)

@@ -104,7 +104,9 @@ SHARED_BYTES = 227 << 10
         ("extend_pages", 0, 0, 128, 64),
         ("extend_pages", 2, 3, 128, 64),
         ("extend_pages", 5, 6, 128, 64),
+        ("extend_pages", 7, 6, 128, 64),
         ("extend_pages", 2, 3, 64, 64),
+        ("extend_pages", 7, 6, 64, 64),
         ("extend_pages", 5, 6, 80, 64),  # here operands lie transposed (joined_columns)
         ("extend_pages", 5, 6, 64, 32),  # likewise
         ("extend_pages", 0, 0, 96, 64),

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decode_case import COLD, COOL, HOT, HOT4, PAGE, WARM, Case
+from decode_case import COLD, COOL, FROZEN, HOT, HOT4, PAGE, UNCODED, WARM, Case
 
 from spherical_kernels.codec.patterns import PATTERNS, Pattern
 from spherical_kernels.testing import POISON
 
 
 @pytest.mark.parametrize("d", [64, 128])
-@pytest.mark.parametrize("kind", [HOT, WARM, COLD], ids=["hot", "warm", "cold"])
+@pytest.mark.parametrize(
+    "kind", [HOT, WARM, COLD, FROZEN, UNCODED], ids=["hot", "warm", "cold", "frozen", "uncoded"]
+)
 def test_one_kind(kind: tuple[Pattern, Pattern], d: int) -> None:
     Case((kind,), [(3 * PAGE,), (PAGE,)], d).check()
 
 
 @pytest.mark.parametrize("d", [80, 96, 256])
 def test_other_head_dims(d: int) -> None:
-    Case((HOT, WARM, COLD), [(PAGE + 7, 2 * PAGE, PAGE)], d).check()
+    Case((HOT, WARM, COLD, FROZEN), [(PAGE + 7, 2 * PAGE, PAGE, 2 * PAGE)], d).check()
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 9, 16])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from compiled_decode import Compiled, compile_decode
-from decode_case import COLD, COOL, HOT, PAGE, WARM, Case, Kinds
+from decode_case import COLD, COOL, FROZEN, HOT, PAGE, WARM, Case, Kinds
 from warp import Warp
 
 from spherical_kernels.decode import launch
@@ -59,6 +59,8 @@ class CompiledKernel:
         (64, 3, (HOT, WARM, COLD), [(17, 3 * PAGE, PAGE)]),
         (128, 8, (HOT, WARM), [(PAGE + 33, 3 * PAGE)]),
         (80, 2, (HOT, WARM, COLD), [(5, 2 * PAGE, PAGE)]),
+        (128, 4, (COLD, FROZEN), [(2 * PAGE, 3 * PAGE)]),
+        (64, 3, (HOT, FROZEN), [(9, 3 * PAGE)]),
         (96, 4, (WARM, COLD), [(PAGE, 2 * PAGE)]),
         (256, 4, (HOT, WARM), [(5, 2 * PAGE)]),
     ],

@@ -28,7 +28,8 @@ HOT4 = PATTERNS[1], PATTERNS[1]
 WARM = PATTERNS[2], PATTERNS[3]
 COLD = PATTERNS[5], PATTERNS[6]
 THREE = PATTERNS[4], PATTERNS[4]
-SPARSE = PATTERNS[7], PATTERNS[3]
+FROZEN = PATTERNS[7], PATTERNS[6]
+UNCODED = Pattern(FrameKind.CALIBRATED, (4, 2, 2, 0)), PATTERNS[7]
 DEFAULT = HOT, WARM, COLD
 MAX_ERROR, RMS_ERROR = 2e-3, 5e-4  # of out, over its rms
 
@@ -237,7 +238,7 @@ def test_other_page_sizes(page_size: int) -> None:
     Case([Request("01120", 9, partial=3)], page_size=page_size).check()
 
 
-@pytest.mark.parametrize("tiers", [(HOT4, THREE), (HOT, SPARSE), (HOT,)], ids=str)
+@pytest.mark.parametrize("tiers", [(HOT4, THREE), (HOT, FROZEN), (HOT, UNCODED), (HOT,)], ids=str)
 def test_other_patterns(tiers: tuple[tuple[Pattern, Pattern], ...]) -> None:
     levels = "01100" if len(tiers) > 1 else "000"
     Case([Request(levels, 9, partial=20)], tiers=tiers).check()

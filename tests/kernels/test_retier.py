@@ -14,7 +14,7 @@ from sglang_spherical.pool.layout import Level, PageLayout
 from sglang_spherical.pool.retier import lower_pages
 from spherical_kernels.codec.frames import calibrated_frame
 from spherical_kernels.codec.pages import decode_slices, encode_slices
-from spherical_kernels.codec.patterns import PATTERNS
+from spherical_kernels.codec.patterns import PATTERN_ID, PATTERNS, FrameKind, Pattern
 from spherical_kernels.codec.radii import unpack_radii
 from spherical_kernels.codec.slices import SliceLayout, read_codes
 from spherical_kernels.retier.launch import Moves, Turns, reencode_pages
@@ -26,7 +26,8 @@ HOT, HOT4 = PATTERNS[0], PATTERNS[1]
 WARM = Level("warm", PATTERNS[2], PATTERNS[3])
 MIDDLE = Level("warm", PATTERNS[4], PATTERNS[4])
 COLD = Level("cold", PATTERNS[5], PATTERNS[6])
-SPARSE = Level("cold", PATTERNS[7], PATTERNS[6])
+FROZEN = Level("frozen", PATTERNS[7], PATTERNS[6])
+UNCODED = Level("cold", Pattern(FrameKind.CALIBRATED, (4, 2, 2, 0)), PATTERNS[6])
 ON_AN_EDGE = 2e-3
 """Share of codes, radii and centroid codes that may fall on the other side of a rounding edge."""
 
@@ -47,7 +48,7 @@ class Case:
     ) -> None:
         self.rng = torch.Generator().manual_seed(d)
         hot = Level("hot", HOT, HOT)
-        levels = (old, new) if old.keys.name not in {"6-4-4-2", "4-4-2-2"} else (hot, old, new)
+        levels = (hot, old, new) if old.keys.frame is FrameKind.CALIBRATED else (old, new)
         self.old, self.new = len(levels) - 2, len(levels) - 1
         self.layout = PageLayout.fit(page_size, d, LAYERS, HEADS, levels)
         if kinds is not None:
@@ -235,20 +236,23 @@ def test_other_page_sizes(page_size: int) -> None:
     [
         (Level("hot", HOT4, HOT4), COLD),
         (Level("hot", HOT, HOT), MIDDLE),
-        (MIDDLE, SPARSE),
+        (COLD, FROZEN),
+        (FROZEN, UNCODED),
     ],
-    ids=["from-4-bits", "to-4-4-2-2", "from-4-4-2-2-to-4-2-2-0"],
+    ids=["from-4-bits", "to-4-4-2-2", "from-cold-to-frozen", "from-4-2-1-1-to-4-2-2-0"],
 )
-@pytest.mark.parametrize("d", [64, 80])
-def test_other_patterns(d: int, old: Level, new: Level) -> None:
+@pytest.mark.parametrize("d", [64, 80, 128])
+def test_other_patterns(d: int, old: Level, new: Level, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PATTERN_ID, UNCODED.keys, len(PATTERNS))  # which no level has
     case = Case(d, old, new)
     case.fill()
     case.check()
 
 
+@pytest.mark.parametrize("new", [WARM, FROZEN], ids=["warm", "frozen"])
 @pytest.mark.parametrize("loudness", [0.0, 1e-3, 360.0])
-def test_quiet_and_loud_tokens(loudness: float) -> None:
-    case = Case(64, Level("hot", HOT, HOT), WARM)
+def test_quiet_and_loud_tokens(loudness: float, new: Level) -> None:
+    case = Case(64, Level("hot", HOT, HOT), new)
     case.fill(loudness)
     case.check()
 

@@ -40,9 +40,10 @@ from spherical_kernels.testing import assert_close, guarded, poison
 
 PAGE_SIZES = (16, 32, 64)
 HEAD_DIMS = (64, 80, 96, 128, 256)
-CALIBRATED = [p for p in PATTERNS if p.frame is FrameKind.CALIBRATED]
+UNCODED = Pattern(FrameKind.CALIBRATED, (4, 2, 2, 0))
+CALIBRATED = [*(p for p in PATTERNS if p.frame is FrameKind.CALIBRATED), UNCODED]
 every_pattern = pytest.mark.parametrize(
-    "pattern", PATTERNS, ids=lambda p: f"{p.frame.value}-{p.name}"
+    "pattern", [*PATTERNS, UNCODED], ids=lambda p: f"{p.frame.value}-{p.name}"
 )
 every_shape = pytest.mark.parametrize(
     ("page_size", "head_dim"), [(p, d) for p in PAGE_SIZES for d in HEAD_DIMS]
@@ -81,6 +82,19 @@ def test_byte_j_holds_digit_j_of_every_run() -> None:
     for j in range(4):
         byte = int(packed[j])
         assert [byte >> 2 * run & 3 for run in range(4)] == digits[j::4].tolist()
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_four_two_one_one_fill_a_byte(page_size: int, head_dim: int) -> None:
+    layout = slice_layout(Pattern(FrameKind.CALIBRATED, (4, 2, 1, 1)), page_size, head_dim)
+    (tile,) = layout.tiles
+    codes, slices = random_codes(layout, 2), torch.zeros(2, layout.size_bytes, dtype=torch.uint8)
+    write_codes(layout, slices, codes)
+    found = slices[:, tile.offset_bytes :][:, : page_size * layout.band_width]
+    first, second, third, fourth = codes.unbind(1)
+    wanted = first << 4 | second << 2 | third << 1 | fourth
+    assert torch.equal(found.unflatten(1, (page_size, -1)), wanted)
 
 
 @every_pattern
@@ -142,6 +156,12 @@ def test_bit_patterns_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ValueError, match="expected each of"):
         Pattern(FrameKind.CALIBRATED, (5, 4, 4, 2))
     assert len(PATTERNS) <= 16, "a descriptor names a pattern with four bits"
+
+
+@pytest.mark.parametrize("bits", [(4, 2, 2, 1), (4, 1, 1, 0), (1, 0, 0, 0)], ids=str)
+def test_digits_of_one_bit_are_not_left_over(bits: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="expected digits of one bit to share bytes"):
+        SliceLayout(Pattern(FrameKind.CALIBRATED, bits), 64, 64)
 
 
 # --- radii ---------------------------------------------------------------------------------------
@@ -329,7 +349,8 @@ def test_calibrated_codes_are_the_best_of_the_radii_around_the_normals(
 def test_mean_square_error_of_normal_data_is_the_quantisers(pattern: Pattern) -> None:
     """Unit normals in a frame with equal weights: each band has the error of a uniform quantiser.
 
-    Max (1960): 0.1188, 0.01154 and 0.00104 of the variance at 2, 4 and 6 bits with the best step;
+    Max (1960): 0.3634, 0.1188, 0.01154 and 0.00104 of the variance at 1, 2, 4 and 6 bits with the
+    best step;
     choosing the radius for every token only lowers it.
     The hot grid has the step peak/(2**(b-1) - 1/2): the peaks of 128 normals are 2.7 on average.
     A page's 8-bit centroid adds nothing: what it rounds away is coded with the tokens.
@@ -342,7 +363,7 @@ def test_mean_square_error_of_normal_data_is_the_quantisers(pattern: Pattern) ->
     x, centre = normal(200, 64, 128), torch.zeros(200, 128)
     slices = encode_slices(layout, x, matrix, centre)
     wanted, got = frame_coordinates(layout, x, slices, matrix, centre)
-    quantiser = {0: 1.0, 2: 0.1188, 4: 0.01154, 6: 0.00104}
+    quantiser = {0: 1.0, 1: 0.3634, 2: 0.1188, 4: 0.01154, 6: 0.00104}
     if not layout.calibrated:
         quantiser = {bits: (2.9 / (2 ** (bits - 1) - 0.5)) ** 2 / 12 for bits in (4, 8)}
     error = (got - wanted).square().mean((0, 2, 3))
@@ -365,7 +386,8 @@ def test_more_bits_are_never_worse(kind: str) -> None:
         for b in PATTERNS:
             if a.frame is b.frame:
                 for band, (more, fewer) in enumerate(zip(a.bits, b.bits)):
-                    if more > fewer:
+                    # a lone outlier is of one size in all rotated channels: one bit may be exact
+                    if more > fewer and not (fewer == 1 and kind == "outlier channel"):
                         assert float(errors[a][band]) < float(errors[b][band]), (
                             a.name,
                             b.name,

@@ -17,7 +17,7 @@ import torch
 from .radii import CODES, LARGEST_RADIUS, nearest_codes, pack_radii, radii_of_words, radius_table
 from .slices import CENTROID, UNIT, SliceLayout, read_codes, write_codes
 
-GAUSSIAN_STEP = {0: 0.0, 2: 0.9957, 4: 0.3352, 6: 0.1041, 8: 0.0308}
+GAUSSIAN_STEP = {0: 0.0, 1: 1.5958, 2: 0.9957, 4: 0.3352, 6: 0.1041, 8: 0.0308}
 """Best uniform step for a unit normal, in standard deviations (Max 1960; 8 bits: by search)."""
 
 NEIGHBOURS = (-2, -1, 0, 1, 2)

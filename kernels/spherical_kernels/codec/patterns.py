@@ -1,8 +1,8 @@
 """Bit patterns: how a slice spends its code bits over bands of channels.
 
 A calibrated frame sorts the channels of a head by importance and cuts them into `BANDS` bands of
-equal width; a pattern gives each band 0, 2, 4 or 6 bits per code. Codes are stored as digits of
-8, 4 or 2 bits, so that every plane unpacks with shifts and masks. The hot pattern is one band.
+equal width; a pattern gives each band 0, 1, 2, 4 or 6 bits per code. Codes are stored as digits of
+8, 4, 2 or 1 bits, so that every plane unpacks with shifts and masks. The hot pattern is one band.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from enum import Enum
 BANDS = 4
 """Bands of a calibrated frame, each with a radius and a bit width of its own."""
 
-DIGITS = {0: (), 2: (2,), 4: (4,), 6: (4, 2), 8: (8,)}
+DIGITS = {0: (), 1: (1,), 2: (2,), 4: (4,), 6: (4, 2), 8: (8,)}
 """Code bits to stored digits, most significant first."""
 
 
@@ -72,7 +72,7 @@ PATTERNS: tuple[Pattern, ...] = (
     _calibrated(4, 4, 2, 2),
     _calibrated(4, 2, 2, 2),
     _calibrated(2, 2, 2, 2),
-    _calibrated(4, 2, 2, 0),
+    _calibrated(4, 2, 1, 1),
 )
 """Every pattern a descriptor may name; a pattern's id is its place here (at most 16 fit)."""
 

@@ -11,7 +11,8 @@ A tile is [page_size, row_bytes]. In a full tile a byte holds digits of one chan
 several bands, 8 bits together, the first in the highest bits: one mask takes a whole band out, and
 both digits of a 6-bit code where their weights are right. A digit left over has a tile of its own,
 where the channels of the band are cut into 8/bits equal runs and byte j of a row holds channel j of
-every run, the first run in the low bits.
+every run, the first run in the low bits. Digits of one bit are never left over: bands of some head
+dimensions have no eight equal runs.
 """
 
 from __future__ import annotations
@@ -79,6 +80,10 @@ class SliceLayout:
             raise ValueError(f"head_dim: expected a positive multiple of 16, got {self.head_dim}")
         if self.page_size % 16 or self.page_size <= 0:
             raise ValueError(f"page_size: expected a positive multiple of 16, got {self.page_size}")
+        if any(tile.runs == 8 for tile in self.tiles):
+            raise ValueError(
+                f"pattern: expected digits of one bit to share bytes, got {self.pattern.name}"
+            )
 
     @property
     def calibrated(self) -> bool:

@@ -68,6 +68,8 @@ def reciprocal(x, PTX: tl.constexpr):
 @triton.jit
 def rounded(y, inverse, BITS: tl.constexpr, PTX: tl.constexpr):
     """The nearest code of every y, as code + SHIFT; inverse [rows] is one over the step."""
+    if BITS == 1:  # the sign; a half would be rounded to the even code, the reference takes 1
+        return tl.where(y >= 0.0, SHIFT + 1.0, SHIFT)
     TOP: tl.constexpr = 2**BITS - 1
     scale = (inverse * (1.0 / TOP))[:, None]
     if PTX:
