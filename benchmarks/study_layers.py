@@ -12,6 +12,7 @@ from study_runs import COLD, EVEN_PATTERNS, ODD_PATTERNS, SPLITS, WARM, Run, nam
 
 from sglang_spherical.evaluation.attention import SAMPLE_EVERY, causal_attention
 from sglang_spherical.evaluation.scores import kl_divergence, rounded
+from spherical_kernels.codec.patterns import DIGITS
 
 SINK_TOKENS = 4
 EXACT_TOKENS = 64
@@ -19,6 +20,8 @@ EXACT_TOKENS = 64
 
 FIRST, NEWEST = (0, SINK_TOKENS, EXACT_TOKENS), (0, 64, 256)
 TIERS = {"warm": WARM, "cold": COLD}
+PAIR = (4, 2, 1, 1), (2, 2, 2, 2)
+"""Which a head may choose among at 2 bits: the fewest patterns that reach what is wanted."""
 
 
 @dataclass(frozen=True)
@@ -111,23 +114,27 @@ def compare(layer: Layer, study: list[Run]) -> dict[tuple[str, str, str], float]
 def per_head(layer: Layer) -> list[dict[str, Any]]:
     """Keys' divergence when every head has the pattern that suits it best, at 4 and 2 bits.
 
-    Chosen among all patterns of so many bits, or those of even widths, by the queries of the second
-    quarter over the keys before them; scored, as everything else, on the second half. `oracle` is
-    the choice that the second half itself would make.
+    Chosen among all patterns of so many bits, those of even widths, those of widths that the format
+    has, or two of them, by the queries of the second quarter over the keys before them; scored, as
+    everything else, on the second half. `oracle` is the choice that the second half itself would
+    make.
     """
     rows, half = [], layer.k.shape[1] // 2
     exact = causal_attention(layer.early, layer.k[:, :half], SAMPLE_EVERY)
     for bits in (4, 2):
         even, odd = ([p for p in x if sum(p) == 4 * bits] for x in (EVEN_PATTERNS, ODD_PATTERNS))
-        seen, scored = [], []
-        for pattern in even + odd:
+        patterns, seen, scored = even + odd, [], []
+        for pattern in patterns:
             keys = coded(layer.k, layer.keys, Codec(pattern))
             early = causal_attention(layer.early, keys[:, :half], SAMPLE_EVERY)
             seen.append(kl_divergence(exact, early).mean((1, 2)))
             later = causal_attention(layer.q, keys, SAMPLE_EVERY)
             scored.append(layer.divergence(later).mean((1, 2)))
-        for among, count in (("even", len(even)), ("all", len(seen))):
-            choices, scores = torch.stack(seen[:count]), torch.stack(scored[:count])
+        menus = {"even": even, "format": [p for p in patterns if set(p) <= DIGITS.keys()]}
+        menus |= {", ".join(map(name, PAIR)): list(PAIR)} if bits == 2 else {}
+        for among, menu in (menus | {"all": patterns}).items():
+            places = [patterns.index(pattern) for pattern in menu]
+            choices, scores = (torch.stack(every)[places] for every in (seen, scored))
             chosen = scores.gather(0, choices.argmin(0, keepdim=True)).mean()
             oracle = scores.min(0).values.mean()
             label = {"bits": bits, "among": among}
