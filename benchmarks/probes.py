@@ -10,7 +10,8 @@ pages then go to the server's budget; each question is a second request over tha
 reply is refused unless the prefix came from the cache and, by the server's own count of the memory
 that the request holds, was at the tier. A tier's server first reads 2,048 tokens that are in no
 haystack, from which it learns its frames where no calibration file has them. On a GPU the dense
-server attends with FlashInfer, which wants --dtype bfloat16.
+server attends with FlashInfer, which wants --dtype bfloat16, and `triton` among the tiers is a
+second dense server, of SGLang's other attention: what it loses, other rounding alone loses.
 
 What --json leaves:
 
@@ -48,6 +49,7 @@ FRAME_TOKENS = 2048  # read first by a tier's server
 SHORTEST_LENGTH = 2048
 SPARE_ANSWER_TOKENS = 4  # above what the expected answer takes
 TIMEOUT_SECONDS = 7200  # a CPU reads 8K tokens with a model of billions for many minutes
+CONTROL = "triton"  # a dense server that rounds otherwise than the first one
 HELD = re.compile(r"Decode batch.*#(?:full )?token: (\d+)")
 
 
@@ -57,7 +59,8 @@ def check(args: argparse.Namespace) -> None:
     for flag, file in (("text", args.text), ("frames", args.frames)):
         if file is not None and not file.is_file():
             raise ValueError(f"--{flag} {file}: no such file")
-    for flag, given, known in (("kinds", args.kinds, KINDS), ("tiers", args.tiers, TIERS)):
+    tiers = (*TIERS, *([CONTROL] if has_gpu() else []))
+    for flag, given, known in (("kinds", args.kinds, KINDS), ("tiers", args.tiers, tiers)):
         for name in given:
             if name not in known:
                 raise ValueError(f"--{flag} {name}: expected any of {', '.join(known)}")
@@ -124,13 +127,14 @@ def server_args(server: str, args: argparse.Namespace, haystack_tokens: list[int
     # The dense server may forget old haystacks. A tier's must have room for all, with their
     # questions: short of memory it would lower what is still to be read.
     room = [tokens + args.per_haystack * QUESTION_TOKENS for tokens in haystack_tokens]
-    held = (max(room) if server == DENSE else sum(room)) + FRAME_TOKENS
+    held = (sum(room) if server in TIERS else max(room)) + FRAME_TOKENS
     page = max(PAGE_SIZES)
     common = ["--max-total-tokens", str(-(-held // page) * page), "--dtype", args.dtype]
     common += ["--watchdog-timeout", str(TIMEOUT_SECONDS)]
     common += args.flags
-    if server == DENSE:
-        return [*common, "--attention-backend", "flashinfer" if has_gpu() else "torch_native"]
+    if server not in TIERS:
+        dense = CONTROL if server == CONTROL else "flashinfer" if has_gpu() else "torch_native"
+        return [*common, "--attention-backend", dense]
     tier = ["--kv-format", "spherical", "--spherical-budget", server]
     if args.frames is not None:
         tier += ["--spherical-frames", str(args.frames)]
@@ -192,7 +196,7 @@ def answer(server: Server, name: str, haystack: Haystack, item: Item, encode: En
     reply = ask(server.url, prompt, new_tokens)
     require_cached(reply, len(haystack.tokens))
     banner = server.banner()
-    if name != DENSE:
+    if name in TIERS:
         assert banner is not None, "a spherical server does not start without its banner"
         require_tier(server.log_text()[logged:], banner, name, reply.prompt_tokens)
     return reply.text
@@ -206,7 +210,7 @@ def run_server(name: str, run: Run, args: argparse.Namespace) -> None:
     flags = server_args(name, args, [len(haystack.tokens) for haystack, _ in work])
     total = sum(len(probes) for _, probes in work)
     with launch(args.model, args=flags) as server, tqdm(desc=name, total=total) as progress:
-        if name != DENSE:
+        if name in TIERS:
             ask(server.url, run.tail, 1)
         for haystack, probes in work:
             ask(server.url, haystack.tokens, 1)

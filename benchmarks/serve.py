@@ -2,7 +2,7 @@
 
 usage: python benchmarks/serve.py [--servers spherical flashinfer flashinfer_fp8]
        [--points 8192,1 32768,1 130000,1 32768,16 8192,64] [--model DIR] [--log-dir DIR]
-       [--json OUT] [-- FLAGS of every server]
+       [--beside JSON ...] [--json OUT] [-- FLAGS of every server]
 
 Without a model the servers have Llama-3.1-8B's geometry and random weights: the words mean nothing,
 the times do. A point is CONTEXT,BATCH. A first pass fills the prefix cache, a second one compiles,
@@ -10,6 +10,8 @@ and a moment of rest lets a spherical server give what it holds its precision;
 the inter-token latency is the difference between a long and a short continuation of the cached
 prompts, so that prefill and HTTP cancel. Over the points of one request it is fitted as slope *
 context + intercept. A spherical server whose log lacks the banner of its cache is not measured.
+--beside takes servers into the table and the JSON that another call measured, on another GPU of the
+host.
 """
 
 from __future__ import annotations
@@ -171,6 +173,7 @@ def main() -> None:
     parser.add_argument("--points", nargs="+", default=POINTS, metavar="CONTEXT,BATCH")
     parser.add_argument("--model", help="folder with a config.json; weights are never read")
     parser.add_argument("--log-dir", type=Path)
+    parser.add_argument("--beside", type=Path, nargs="*", default=[], metavar="JSON")
     parser.add_argument("--json", type=Path)
     parser.add_argument("args", nargs="*", help="after --: further flags of every server")
     args = parser.parse_args()
@@ -189,6 +192,10 @@ def main() -> None:
             except ServerFailed as error:
                 print(f"{name}: {str(error)[:500]}", flush=True)
                 keep(name, {"failed": str(error).partition(" (log:")[0][:500]})
+        for path in args.beside:
+            other = json.loads(path.read_text())
+            for name, result in other["servers"].items():
+                keep(name, result | {"command": other["command"]})
     print(table(found))
 
 
