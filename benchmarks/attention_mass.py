@@ -311,7 +311,7 @@ def utilities(reader: Reader, queries: Queries, draw: torch.Generator) -> dict[s
             "estimate": queries.estimate(layer, prefix),
             "oracle": mass(q, k, PREFIX, q.shape[2]),
         }
-        its["random"] = torch.rand(its["oracle"].shape, generator=draw).to(k.device)
+        its["random"] = torch.rand(its["oracle"].shape, generator=draw, device="cpu").to(k.device)
         seen, thought = its["measured256"], its["estimate"]
         its |= {"sum": (seen + thought) / 2, "product": (seen * thought).sqrt()}
         for name, x in its.items():
@@ -450,7 +450,7 @@ class Study:
             yield Row(name, "uniform", "none"), grades, torch.full(shape, place), 1.0
         pages = {name: by_page(its[name]) for name in self.page_utilities}
         if "random" in pages:  # by_page of noise is all the same: the oracle's, out of order
-            shuffled = torch.randperm(PAGES, generator=self.draw)
+            shuffled = torch.randperm(PAGES, generator=self.draw, device="cpu")
             pages["random"] = by_page(its["oracle"])[shuffled]
         sizes = [page_bytes(grade, self.d) for grade in grades]
         for budget, mixed in PAGE_COUNTS.items():

@@ -7,6 +7,7 @@ import torch
 from decode_case import COLD, COOL, FROZEN, HOT, HOT4, PAGE, UNCODED, WARM, Case
 
 from spherical_kernels.codec.patterns import PATTERNS, Pattern
+from spherical_kernels.decode import launch
 from spherical_kernels.testing import POISON
 
 
@@ -45,6 +46,21 @@ def test_hot_codes_of_four_bits() -> None:
 def test_smaller_pages(d: int, page: int) -> None:
     tokens = [(page + 5, 2 * page, page, 2 * page), (3, 0, page, page)]
     Case((HOT, WARM, COOL, COLD), tokens, d, page=page).check()
+
+
+@pytest.mark.parametrize("merge", [(16, 2, 8), (32, 4, 2), (64, 4, 1)], ids=str)
+@pytest.mark.parametrize("large_batch", [3, 100])
+def test_every_cut_of_the_merge(
+    merge: tuple[int, int, int], large_batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several requests in a program, several programs for a request's heads, more items than
+    rows."""
+    monkeypatch.setattr(launch, "MERGES", {1: merge})
+    monkeypatch.setattr(launch, "LARGE_BATCH", large_batch)
+    launch._merge_launch.cache_clear()
+    tokens = [(PAGE + 5, 4 * PAGE), (3, 0), (0, PAGE), (2 * PAGE, PAGE), (PAGE, 0)]
+    Case((HOT, WARM), tokens, 64, group=3).check(items=6)
+    launch._merge_launch.cache_clear()
 
 
 @pytest.mark.parametrize("d", [64, 128])

@@ -10,7 +10,12 @@ from cache_tools import head_frames, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spherical_kernels.codec.frames import calibrated_frame, signed_hadamard
+from spherical_kernels.codec.frames import (
+    Picks,
+    calibrated_frame,
+    hadamard,
+    signed_hadamard,
+)
 from spherical_kernels.codec.pages import (
     GAUSSIAN_STEP,
     code_banded,
@@ -488,3 +493,22 @@ def test_directions_of_any_length_are_coded(bits: int, magnitude: float) -> None
     assert bool((error <= allowed * (1 + 1e-5)).all())
     assert bool((radii >= 0).all())
     assert float(radii[7]) == 0.0
+
+
+@pytest.mark.parametrize("head_dim", [32, *HEAD_DIMS])
+def test_duals_are_signs_behind_picked_channels(head_dim: int) -> None:
+    gain, spread = normal(2, 3, head_dim, seed=1).exp().unbind()
+    hot = signed_hadamard(head_dim).expand(3, -1, -1)
+    duals = torch.stack([hot, calibrated_frame(gain, spread)[1]])
+    picks = Picks.of(duals)
+    for frame, turn in (
+        (0, hadamard(head_dim)),
+        (1, torch.block_diag(*[hadamard(head_dim // BANDS)] * BANDS)),
+    ):
+        channel, weight = picks.channel[frame], picks.weight[frame]
+        assert bool((channel.sort(-1).values == torch.arange(head_dim)).all()), "a permutation"
+        picked = torch.zeros(3, head_dim, head_dim)
+        picked.scatter_(-1, channel.long().unsqueeze(-1), weight.unsqueeze(-1))
+        # float32 products of a sign and one number each
+        torch.testing.assert_close(turn @ picked, duals[frame], rtol=1e-5, atol=1e-6)
+    assert bool((picks.channel[0] == torch.arange(head_dim)).all()), "hot channels stay in order"

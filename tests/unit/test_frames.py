@@ -118,3 +118,18 @@ def test_a_pool_that_only_warms_up_learns_nothing() -> None:
     pool.start(None)
     prefill(pool, 200)
     assert pool.frames.ready
+
+
+def test_output_channels_are_a_permutation_calibrated_or_not() -> None:
+    """A decode step writes the channels that the calibrated frame names, even before it exists."""
+    pool = tiny_pool(4)
+    each = torch.arange(32).expand_as(pool.frames.picks.channel)
+    before = pool.frames.picks.channel
+    assert torch.equal(before.sort(-1).values, each.int())
+    ready_frames(pool)
+    pool.frames.calibrate()
+    after = pool.frames.of_layer(1).value_picks
+    assert after.channel.data_ptr() == before[1, 1].data_ptr(), "at the same address, for graphs"
+    assert torch.equal(before.sort(-1).values, each.int())
+    assert not torch.equal(before, each.int()), "no longer in order"
+    assert bool((after.weight != 0).all())
