@@ -97,8 +97,8 @@ PATCHES = (
     ),
     Patch(
         target="sglang.srt.managers.scheduler.Scheduler.on_idle",
-        hook_type="AFTER",
-        hook="spherical_patches.scheduling:idled",
+        hook_type="BEFORE",
+        hook="spherical_patches.scheduling:idles",
         signature="(self)",
         reason="cached prefixes are re-encoded while nothing runs",
         removable_when="SGLang tells its prefix cache of every step",

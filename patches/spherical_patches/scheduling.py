@@ -12,9 +12,9 @@ def forward_launched(result: Any, self: Any, *_: Any, **__: Any) -> None:
         launched()
 
 
-def idled(result: Any, self: Any, *_: Any, **__: Any) -> None:
-    """After `Scheduler.on_idle`, which every rank comes to as often as the others do: each round of
-    the scheduler's loop begins with the requests that rank 0 hands out."""
+def idles(self: Any, *_: Any, **__: Any) -> None:
+    """Before `Scheduler.on_idle`, which may sleep, and to which every rank comes as often as the
+    others do: each round of the scheduler's loop begins with the requests that rank 0 hands out."""
     idle = getattr(self.tree_cache, "idle", None)
     if idle is not None:
         idle()

@@ -103,13 +103,15 @@ class Frames:
         self.by_frame = torch.zeros(SIDES, layers, 2, *square, device=device)
         self.by_frame[:, :, 0] = self.rotation
         self.dual = self.by_frame[:, :, 1]
-        self.picks = Picks.of(self.by_frame)
-        # decoding writes its output channel by channel of the picks, calibrated or not
-        self.picks.channel[:, :, 1] = torch.arange(head_dim, device=device)
         self.statistics = HeadStatistics(layers, kv_heads, head_dim, device)
         self.centred = [False] * layers
         self.calibrated = False
         self.from_file = False
+        # decoding writes its output channel by channel of the picks, calibrated or not
+        channel = torch.arange(head_dim, dtype=torch.int32, device=device)
+        shape = self.by_frame.shape[:-1]
+        self.picks = Picks(channel.expand(shape).contiguous(), torch.zeros(shape, device=device))
+        self._pick()
 
     def duals(self, kind: FrameKind, layer: int, side: int) -> torch.Tensor:
         """B of a layer's heads: [kv_heads, d, d]."""
@@ -197,11 +199,18 @@ class Frames:
             frames = calibrated_frame(side_gain.flatten(0, 1), spread[side].flatten(0, 1))
             matrix, dual = (x.view_as(self.matrix[side]) for x in frames)
             self.matrix[side], self.dual[side] = matrix, dual
-        found = Picks.of(self.by_frame)
-        self.picks.channel.copy_(found.channel)
-        self.picks.weight.copy_(found.weight)
         self.calibrated = True
+        self._pick()
         self.__dict__.pop("turns", None)
+
+    def _pick(self) -> None:
+        """Brings the picks up to date, a layer at a time: what that takes is nothing beside it."""
+        frames = slice(0, 2 if self.calibrated else 1)
+        for side in (KEYS, VALUES):
+            for layer in range(self.by_frame.shape[1]):
+                found = Picks.of(self.by_frame[side, layer])
+                self.picks.channel[side, layer, frames] = found.channel[frames]
+                self.picks.weight[side, layer, frames] = found.weight[frames]
 
     @cached_property
     def turns(self) -> Turns:

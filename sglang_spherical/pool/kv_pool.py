@@ -76,7 +76,7 @@ class SphericalKVPool(KVCache):
         self._hot_slices = layout.side_layouts(0)[0]
         self.signs = rotation_signs(self.frames.rotation)
         self.levels_seen = {0}
-        self.order = DeviceOrder()
+        self.order = DeviceOrder(self.arena.device)
         self.learning = True
         self._finalize_allocation_log(size)
 

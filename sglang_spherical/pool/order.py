@@ -25,9 +25,10 @@ def to_device(numbers: NDArray[np.int64], device: torch.device) -> torch.Tensor:
 
 
 class DeviceOrder:
-    """The stream of the forward passes; None where they run on the current one."""
+    """The stream of the forward passes on a device; None where they run on the current one."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.stream: torch.cuda.Stream | None = None
 
     @contextmanager
@@ -47,6 +48,6 @@ class DeviceOrder:
             yield
 
     def wait(self) -> None:
-        """The host waits for all that has been launched so far, where there is a device."""
-        if torch.cuda.is_available():
-            (self.stream or torch.cuda.current_stream()).synchronize()
+        """The host waits for all that has been launched so far."""
+        if self.device.type == "cuda":
+            (self.stream or torch.cuda.current_stream(self.device)).synchronize()

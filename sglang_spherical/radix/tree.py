@@ -235,15 +235,20 @@ class SphericalRadixCache(RadixCache):
         """A forward pass is on its way: behind it as much may be re-encoded as the next one can
         wait for."""
         self.left = self.settle_pages
-        if self.unsettled and self._may_settle():
+        if self._waits() and self._may_settle():
             self._settle_waiting()
 
     def idle(self) -> None:
         """Nothing runs: as much is re-encoded as behind a forward pass, and waited for, so that a
         request that comes meanwhile waits for no more than that."""
-        if self.unsettled and self._may_settle():
+        if self._waits() and self._may_settle():
             self.forward_launched()
             self.allocator.pool.order.wait()
+
+    def _waits(self) -> bool:
+        """Whether there is a prefix without its budget, or less free memory than there should
+        be."""
+        return bool(self.unsettled) or self._used() > self.high_watermark
 
     def _settle(self, node: Node, length: int) -> None:
         """Gives the prefix that ends in `node` its budget; what requests read hot stays hot."""

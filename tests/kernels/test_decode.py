@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from decode_case import COLD, COOL, FROZEN, HOT, HOT4, PAGE, UNCODED, WARM, Case
@@ -48,19 +50,25 @@ def test_smaller_pages(d: int, page: int) -> None:
     Case((HOT, WARM, COOL, COLD), tokens, d, page=page).check()
 
 
+@pytest.fixture
+def fresh_merges() -> Iterator[None]:
+    """No launch of another cut is kept, before or after."""
+    launch._merge_launch.cache_clear()
+    yield
+    launch._merge_launch.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_merges")
 @pytest.mark.parametrize("merge", [(16, 2, 8), (32, 4, 2), (64, 4, 1)], ids=str)
 @pytest.mark.parametrize("large_batch", [3, 100])
 def test_every_cut_of_the_merge(
     merge: tuple[int, int, int], large_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several requests in a program, several programs for a request's heads, more items than
-    rows."""
-    monkeypatch.setattr(launch, "MERGES", {1: merge})
+    """Several requests in a program, or several programs for a request's heads."""
+    monkeypatch.setattr(launch, "MERGES", {1: merge, large_batch: merge})
     monkeypatch.setattr(launch, "LARGE_BATCH", large_batch)
-    launch._merge_launch.cache_clear()
     tokens = [(PAGE + 5, 4 * PAGE), (3, 0), (0, PAGE), (2 * PAGE, PAGE), (PAGE, 0)]
     Case((HOT, WARM), tokens, 64, group=3).check(items=6)
-    launch._merge_launch.cache_clear()
 
 
 @pytest.mark.parametrize("d", [64, 128])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from spherical_patches.scheduling import forward_launched, idled
+from spherical_patches.scheduling import forward_launched, idles
 
 
 def test_the_spherical_tree_is_told_and_others_are_left_alone() -> None:
@@ -18,6 +18,6 @@ def test_the_spherical_tree_is_told_and_others_are_left_alone() -> None:
 def test_it_is_told_of_idle_rounds_too() -> None:
     told: list[str] = []
     tree = SimpleNamespace(idle=lambda: told.append("idle"))
-    assert idled(None, SimpleNamespace(tree_cache=tree)) is None
+    assert idles(SimpleNamespace(tree_cache=tree)) is None, "arguments stay as they are"
     assert told == ["idle"]
-    idled(None, SimpleNamespace(tree_cache=object()))
+    idles(SimpleNamespace(tree_cache=object()))

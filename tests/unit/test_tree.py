@@ -720,6 +720,19 @@ def test_above_the_high_watermark_insertions_lower_beyond_the_budget() -> None:
     assert plain.allocator.available_size() < cache.allocator.available_size()
 
 
+def test_the_high_watermark_is_kept_behind_forward_passes_too() -> None:
+    cache = Cache(recent=0, high_watermark=0.7, settle_pages=1)
+    ready_frames_like_content(cache)
+    for first in range(3):
+        cache.serve(pages_of(first, *LONG[:5]))
+    for _ in range(40):
+        cache.tree.forward_launched()
+        cache.check()
+    assert not cache.tree.unsettled
+    assert 1 - cache.allocator.available_size() / cache.allocator.size <= 0.7
+    assert len(cache.prefixes()) == 18, "nothing is dropped for it"
+
+
 def test_everything_can_be_evicted_at_once(cache: Cache) -> None:
     for first in range(3):
         cache.serve(pages_of(first, 0, 1))

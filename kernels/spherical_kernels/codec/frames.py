@@ -75,6 +75,15 @@ def calibrated_frame(gain: torch.Tensor, spread: torch.Tensor) -> tuple[torch.Te
     return rotation @ (sort * weight.unsqueeze(1)), rotation @ (sort / weight.unsqueeze(1))
 
 
+@cache
+def _turned_back(head_dim: int, device: torch.device) -> torch.Tensor:
+    """Inverses of the rotations of both frames, float64 [2, 1, d, d]."""
+    turns = hadamard(head_dim), torch.block_diag(*[hadamard(head_dim // BANDS)] * BANDS)
+    blocks = hadamard_block(head_dim), hadamard_block(head_dim // BANDS)
+    inverses = [turn.double() / block for turn, block in zip(turns, blocks)]
+    return torch.stack(inverses).unsqueeze(1).to(device)
+
+
 @dataclass(frozen=True)
 class Picks:
     """Duals without their rotation: B = H (weight * pick), row i of which is channel[i] alone.
@@ -90,14 +99,8 @@ class Picks:
     @classmethod
     def of(cls, duals: torch.Tensor) -> Picks:
         """duals [..., 2 (hot, calibrated), kv_heads, d, d], B of either frame."""
-        d = duals.shape[-1]
-        band = d // BANDS
         # in float64: who serves may have allowed float32 products to be rounded to TF32
-        turns = (
-            hadamard(d).double() / hadamard_block(d),
-            torch.block_diag(*[hadamard(band).double() / hadamard_block(band)] * BANDS),
-        )
-        picked = torch.stack(turns).unsqueeze(1).to(duals.device) @ duals.double()
+        picked = _turned_back(duals.shape[-1], duals.device) @ duals.double()
         channel = picked.abs().argmax(-1)
         weight = picked.gather(-1, channel.unsqueeze(-1)).squeeze(-1)
         return cls(channel.int(), weight.float())
@@ -105,7 +108,8 @@ class Picks:
 
 @dataclass(frozen=True)
 class LayerFrames:
-    """The frames of one layer, float32 and contiguous.
+    """The frames of one layer, float32 and contiguous: extending multiplies by the duals, decoding
+    goes by their picks.
 
     key_duals, value_duals      [2 (hot, calibrated), kv_heads, d, d], B of each frame
     key_centre, value_centre    [kv_heads, d]
@@ -127,6 +131,7 @@ class LayerFrames:
         key_centre: torch.Tensor,
         value_centre: torch.Tensor,
     ) -> LayerFrames:
-        """With the picks that the duals have."""
+        """With the picks that the duals have; where there is more than one layer they are made
+        once (pool/frames.py)."""
         picks = Picks.of(key_duals), Picks.of(value_duals)
         return cls(key_duals, value_duals, key_centre, value_centre, *picks)

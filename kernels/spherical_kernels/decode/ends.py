@@ -205,7 +205,7 @@ def merge_rows(
     Partial, Shares, Lse, ItemStart, HotItems, Channel, Weight, Centre, Near, Out, OutLse, batch,
     kv_heads,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, HOT_BLOCK: tl.constexpr,
-    BAND_BLOCK: tl.constexpr, REQUESTS: tl.constexpr, LOGS: tl.constexpr, HOT_ROWS: tl.constexpr,
+    BAND_BLOCK: tl.constexpr, REQUESTS: tl.constexpr, HOT_ROWS: tl.constexpr,
     ROWS: tl.constexpr, HOT: tl.constexpr, CALIBRATED: tl.constexpr, PTX: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -219,8 +219,8 @@ def merge_rows(
                have blocks of HOT_BLOCK and BAND_BLOCK; Centre float32 [kv_heads, D]
     Near       float32 [requests, kv_heads * G], q . centre of the keys, base 2
     Out        [requests, kv_heads * G, D], zero without items; OutLse float32, natural
-    LOGS, HOT_ROWS, ROWS  rows (request, split, query head) at once: of logarithms, and of items of
-               either frame
+    HOT_ROWS, ROWS  rows (request, split, query head) at once: of hot items, and of calibrated ones
+               and logarithms
     HOT, CALIBRATED  whether items may be of the frame
     """
     head = tl.program_id(0) % kv_heads
@@ -242,12 +242,11 @@ def merge_rows(
         channel = band * WIDTH + column
     hot_weight = tl.load(Weight + head * D + channel, mask=real, other=0.0)
     centre = tl.load(Centre + head * D + channel, mask=real, other=0.0)
-    LOG_SPLITS: tl.constexpr = LOGS // OF_REQUEST
     HOT_SPLITS: tl.constexpr = HOT_ROWS // OF_REQUEST
     SPLITS: tl.constexpr = ROWS // OF_REQUEST
     BOTH: tl.constexpr = HOT and CALIBRATED
     log_head, log_item, log_end = rows_and_items(
-        ItemStart, HotItems, first_request, batch, first_head, G, GP, LOG_SPLITS, LOGS, 0
+        ItemStart, HotItems, first_request, batch, first_head, G, GP, SPLITS, ROWS, 0
     )
     hot_head, hot_item, hot_end = rows_and_items(
         ItemStart,
@@ -277,18 +276,18 @@ def merge_rows(
         next_band = load_band(Partial + at, Shares + at, item, end, stride, column, real, D)
 
     logs_at = Lse + head * G
-    top = tl.full([LOGS], NONE, tl.float32)
-    mass = tl.zeros([LOGS], tl.float32)
-    for _ in range((tl.max(log_end - log_item, 0) + LOG_SPLITS - 1) // LOG_SPLITS):
+    top = tl.full([ROWS], NONE, tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    for _ in range((tl.max(log_end - log_item, 0) + SPLITS - 1) // SPLITS):
         its = logs_at + log_item.to(tl.int64) * stride + log_head
         logs = tl.load(its, mask=log_item < log_end, other=-float("inf"))
         higher = tl.maximum(top, logs)
         mass = mass * tl.exp2(top - higher) + tl.exp2(logs - higher)
         top = higher
-        log_item += LOG_SPLITS
-    tops = tl.reshape(top, [REQUESTS, LOG_SPLITS, GP])
+        log_item += SPLITS
+    tops = tl.reshape(top, [REQUESTS, SPLITS, GP])
     top = tl.max(tops, 1)
-    masses = tl.reshape(mass, [REQUESTS, LOG_SPLITS, GP]) * tl.exp2(tops - top[:, None, :])
+    masses = tl.reshape(mass, [REQUESTS, SPLITS, GP]) * tl.exp2(tops - top[:, None, :])
     mass = tl.sum(masses, 1)  # [REQUESTS, GP]
 
     out = tl.zeros([OF_REQUEST, QUARTER], tl.float32)

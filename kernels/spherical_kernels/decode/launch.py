@@ -196,7 +196,7 @@ def run_decode(
         pages.page_blocks.shape[1], pages.block_bytes, pages.kind_of.stride(0), kv_heads,
         max_batch * heads,
     )  # fmt: skip
-    merge = _merge_launch(kinds, batch, group, has_ptx(q.device), pdl)
+    merge = _merge_launch(kinds, merge_batch(batch), group, has_ptx(q.device), pdl)
     merge(
         (
             -(-batch // merge.constants["REQUESTS"]) * kv_heads,
@@ -247,23 +247,24 @@ def _tile(head_dim: int, group: int) -> dict[str, int]:
     }
 
 
+def merge_batch(batch: int) -> int:
+    """The smallest batch whose merge is cut like this one's."""
+    return max(least for least in MERGES if least <= batch)
+
+
 def merge_constants(batch: int, group: int) -> dict[str, int]:
     """How `merge_rows` cuts its rows: in large batches a program takes several requests."""
-    most_rows, _, most_heads = _merge(batch)
+    most_rows, _, most_heads = MERGES[merge_batch(batch)]
     heads = min(_power_of_two(group), most_heads)
     together = FEWEST_ROWS // heads if batch >= LARGE_BATCH else 1
     least = max(FEWEST_ROWS, heads * together)
     rows = max(least, most_rows)
-    return {"GP": heads, "REQUESTS": together, "LOGS": rows, "HOT_ROWS": least, "ROWS": rows}
+    return {"GP": heads, "REQUESTS": together, "HOT_ROWS": least, "ROWS": rows}
 
 
 def merge_warps(batch: int) -> int:
     """Warps of a program of `merge_rows`."""
-    return _merge(batch)[1]
-
-
-def _merge(batch: int) -> tuple[int, int, int]:
-    return MERGES[max(least for least in MERGES if least <= batch)]
+    return MERGES[merge_batch(batch)][1]
 
 
 def _power_of_two(n: int) -> int:

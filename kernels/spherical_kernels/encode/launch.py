@@ -115,7 +115,7 @@ def _launch(layout: SliceLayout, tuning: Tuning, blocks: int, pdl: bool) -> Laun
 def kernel_constants(layout: SliceLayout) -> dict[str, Any]:
     """What the kernel is specialised on, but for the tuning and the width of the block table."""
     d, (tile,) = layout.head_dim, layout.tiles
-    block = d & -d
+    block = hadamard_block(d)
     return {
         "D": d,
         "DP": int(triton.next_power_of_2(d)),
