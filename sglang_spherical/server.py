@@ -36,6 +36,7 @@ CPU_ENV = {"OMP_NUM_THREADS": "1", "SGLANG_ROPE_CACHE_FP32": "1"}
 # Asking whether the server is ready must not put a request of its own into the cache.
 ENV = {"PYTHONUNBUFFERED": "1", "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
 STAGE_LINE = re.compile(r"^\[\d{4}-[^\]]*\] (?!INFO: )(.*)$", re.MULTILINE)  # not of uvicorn
+PORT_TAKEN = "error while attempting to bind on address"  # uvicorn; SGLang goes on waiting
 ERROR_LINE = re.compile(r"(error: |\S*(Error|Exception): )")
 
 
@@ -149,6 +150,11 @@ def _wait_until_ready(server: Server, ready_seconds: float) -> None:
             code = _exit_code(server.process)
             if code is not None:
                 raise ServerFailed(_last_words(server, f"the server ended with exit code {code}"))
+            if PORT_TAKEN in server.log_text():
+                raise ServerFailed(
+                    f"port {server.port}: taken by another process meanwhile, start again "
+                    f"(log: {server.log})"
+                )
             if waited > ready_seconds:
                 raise ServerFailed(_last_words(server, f"no answer within {ready_seconds:.0f} s"))
             progress.show(waited)

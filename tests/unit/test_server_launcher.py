@@ -60,6 +60,17 @@ def test_serves_and_stops_the_workers_too(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert gone(worker_pid(log))
 
 
+def test_a_port_that_somebody_else_took_is_said_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """SGLang itself would wait for ten minutes."""
+    said = "[Errno 98] error while attempting to bind on address ('127.0.0.1', 1): in use"
+    stand_in(monkeypatch, f"import time; print({said!r}, flush=True); time.sleep(600)")
+    log = tmp_path / "server.log"
+    with pytest.raises(ServerFailed, match=r"port \d+: taken by another"), launch("model", log=log):
+        pass
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
 def test_stops_on_every_way_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: type[BaseException]
