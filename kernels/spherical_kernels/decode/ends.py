@@ -249,17 +249,9 @@ def merge_rows(
         ItemStart, HotItems, first_request, batch, first_head, G, GP, SPLITS, ROWS, 0
     )
     hot_head, hot_item, hot_end = rows_and_items(
-        ItemStart,
-        HotItems,
-        first_request,
-        batch,
-        first_head,
-        G,
-        GP,
-        HOT_SPLITS,
-        HOT_ROWS,
+        ItemStart, HotItems, first_request, batch, first_head, G, GP, HOT_SPLITS, HOT_ROWS,
         1 if BOTH else 0,
-    )
+    )  # fmt: skip
     its_head, item, end = rows_and_items(
         ItemStart, HotItems, first_request, batch, first_head, G, GP, SPLITS, ROWS, 2 if BOTH else 0
     )
