@@ -42,7 +42,7 @@ constants |= {"PTX": True, "PDL": given["capability"] >= 90}
 types = {
     "signs": "i32", "Arena": "*i8", "Items": "*i32", "Pages": "*i32", "Blocks": "*i32",
     "Places": "*i32", "KindOf": "*i32",
-    "Parts": "*i8", "Units": "*fp32", "Out": "*fp32", "Shares": "*fp32", "Lse": "*fp32",
+    "Parts": "*i8", "Units": "*fp32", "Out": "*fp32", "Lse": "*fp32",
 } | dict.fromkeys(
     ("max_pages", "blocks_per_page", "block_bytes", "level_stride", "kv_heads", "stride"), "i32"
 )
@@ -94,7 +94,7 @@ kernels = (
         "kv_heads": "i32", "stride": "i32", "scale": "fp32",
     }, {"ROWS": FRAME_ROWS}),
     (merge_rows, merge_warps(batch), {
-        "Partial": "*fp32", "Shares": "*fp32", "Lse": "*fp32", "ItemStart": "*i32",
+        "Partial": "*fp32", "Lse": "*fp32", "ItemStart": "*i32",
         "HotItems": "*i32", "Channel": "*i32", "Weight": "*fp32", "Centre": "*fp32",
         "Near": "*fp32", "Out": "*bf16", "OutLse": "*fp32", "batch": "i32", "kv_heads": "i32",
     }, merge_constants(batch, group) | {"HOT": True, "CALIBRATED": True}),

@@ -191,18 +191,16 @@ def load_quarters(Partial, item, end, stride, D: tl.constexpr, WIDTH: tl.constex
 
 
 @triton.jit
-def load_band(Partial, Shares, item, end, stride, column, real, D: tl.constexpr):
-    """Item `item` [ROWS] of every row, below `end`: one band of its channels, with the share of
-    the centroids."""
+def load_band(Partial, item, end, stride, column, real, D: tl.constexpr):
+    """Item `item` [ROWS] of every row, below `end`: one band of its channels."""
     inside = (item < end)[:, None] & real[None, :]
     at = (item.to(tl.int64) * stride * D)[:, None] + column[None, :]
-    part = tl.load(Partial + at, mask=inside, other=0.0)
-    return part + tl.load(Shares + at, mask=inside, other=0.0)
+    return tl.load(Partial + at, mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["batch"])
 def merge_rows(
-    Partial, Shares, Lse, ItemStart, HotItems, Channel, Weight, Centre, Near, Out, OutLse, batch,
+    Partial, Lse, ItemStart, HotItems, Channel, Weight, Centre, Near, Out, OutLse, batch,
     kv_heads,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, HOT_BLOCK: tl.constexpr,
     BAND_BLOCK: tl.constexpr, REQUESTS: tl.constexpr, HOT_ROWS: tl.constexpr,
@@ -213,7 +211,6 @@ def merge_rows(
     by every program.
 
     Partial    float32 [items, kv_heads, G, D], in the value frames; Lse likewise, base 2
-    Shares     float32 like Partial, to be added to items of the calibrated frame
     ItemStart  int32 [requests + 1], HotItems int32 [requests]
     Channel    int32, Weight float32 [2, kv_heads, D], picks of the value frames, whose rotations
                have blocks of HOT_BLOCK and BAND_BLOCK; Centre float32 [kv_heads, D]
@@ -265,7 +262,7 @@ def merge_rows(
     if HOT:
         next_hot = load_quarters(hot_partial, hot_item, hot_end, stride, D, QUARTER)
     if CALIBRATED:
-        next_band = load_band(Partial + at, Shares + at, item, end, stride, column, real, D)
+        next_band = load_band(Partial + at, item, end, stride, column, real, D)
 
     logs_at = Lse + head * G
     top = tl.full([ROWS], NONE, tl.float32)
@@ -314,7 +311,7 @@ def merge_rows(
             logs = tl.load(its, mask=item < end, other=-float("inf"))
             part = next_band
             item += SPLITS
-            next_band = load_band(Partial + at, Shares + at, item, end, stride, column, real, D)
+            next_band = load_band(Partial + at, item, end, stride, column, real, D)
             band_sums += part * tl.exp2(logs - its_top)[:, None]
         turn = signs_of(column[:, None], column[None, :], QUARTER, BAND_BLOCK)
         turned = add_signed(band_sums, turn, tl.zeros([ROWS, QUARTER], tl.float32), PTX)

@@ -17,11 +17,16 @@ A kind is described by tuples of constants:
     KB   (place, what a level exceeds 0 by in code units, step) of every band; step 0 uncoded
     VT   (first word, words per row, first word of a second tile or -1) of the values' operands: two
          tiles of 8 words a row lie one below the other
-    VP   (band, first channel, words, other part or -1, first row): channels first, first + 2, ...
-         of a band; where its operand holds both codes of a byte, the sum of the other part is to be
-         taken off
+    VP   (band, first channel, words, other part or -1, first row, column of VC): channels first,
+         first + 2, ... of a band; where its operand holds both codes of a byte, the sum of the
+         other part is to be taken off
+    VC   first words of the centroid's columns, each the channels of two parts
     VD   (tile, part, shift in the word, bits, place in the operand)
     VB   (what a code exceeds its level by, factor that undoes place, 2**-24 and the step)
+
+The values' centroid is one more step of the values' product. Its operand has a column for the
+channels of every two parts, up to four of them, four times: as often as there are lanes whose
+tokens' masses are still to be added up.
 """
 
 from __future__ import annotations
@@ -30,9 +35,11 @@ import triton
 import triton.language as tl
 
 from .operands import (
+    hidden_zero,
     join_parts,
     key_radius,
     pair_of,
+    share_words,
     take_bytes,
     take_digit,
     take_runs,
@@ -40,6 +47,8 @@ from .operands import (
     turn_weights,
     twice,
     weights_of,
+    word_mask,
+    words_to_operand,
 )
 from .queries import load_query, load_whole_query
 
@@ -49,6 +58,8 @@ SMALLEST = tl.constexpr(103 << 23)  # 2**-24, float16's smallest number, as floa
 SMALLEST_NORMAL = tl.constexpr(113 << 23)  # 2**-14
 ROOT_UNIT = tl.constexpr(2.0**63)  # its square undoes what `key_radius` leaves out
 HALF_RADIUS_UNIT = tl.constexpr(2.0**14)  # undoes what `weights_of` leaves out
+SHARE = tl.constexpr(2.0**10)  # undoes a code's 2**-24, leaves out the same
+CODE_OFFSET = tl.constexpr(127.5 * 2.0**-24)  # what a centroid's code exceeds its level by
 NONE = tl.constexpr(-1e30)  # the maximum of no logits
 FETCHED = tl.constexpr(2)  # pages that are asked for before the queries are there
 
@@ -87,7 +98,7 @@ def fetch_pages(
 
 @triton.jit
 def attend_pages(
-    Arena, Pages, Blocks, places, Parts, Units, query, stride, Out, Shares, Lse, at_head,
+    Arena, Pages, Blocks, places, Parts, Units, query, stride, Out, Lse, at_head,
     first, end, last_valid, blocks_per_page, block_bytes, real_heads,
     D: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, DP: tl.constexpr,
     KINDS: tl.constexpr, KIND: tl.constexpr, PTX: tl.constexpr,
@@ -107,6 +118,7 @@ def attend_pages(
     VB: tl.constexpr = of_kind(KINDS, KIND, 10)
     STAGES: tl.constexpr = of_kind(KINDS, KIND, 11)
     FOLD: tl.constexpr = of_kind(KINDS, KIND, 12)
+    VC: tl.constexpr = of_kind(KINDS, KIND, 13)
     WIDTH: tl.constexpr = D // len(KB)
     COLUMNS: tl.constexpr = 2 * HEADS
     TILES: tl.constexpr = (len(VB) + 1) // 2  # of columns, two bands each
@@ -119,10 +131,11 @@ def attend_pages(
     d = tl.arange(0, DP)
     pair = tl.arange(0, P // 2)
     slot = (tl.arange(0, 8) % 2)[None, None, :, None]
+    n = tl.arange(0, 16)
     query += stride if CALIBRATED else 0
     q, units, starts = load_query(Parts, Units, query, real_heads, D, HEADS, K, FOLD, KB, PTX)
     top = tl.full([HEADS], NONE, tl.float32)
-    mass = tl.zeros([HEADS], tl.float32)
+    mass = tl.zeros([8, HEADS], tl.float32)
     ones = tl.full([16, P], 1.0, tl.float16)
     unit = tl.full([], SMALLEST if CALIBRATED else SMALLEST_NORMAL, tl.int32)
     out, weight = (), ()
@@ -131,7 +144,7 @@ def attend_pages(
     for u in tl.static_range(TILES):
         weight = weight + (tl.zeros([16, COLUMNS], tl.float32),)
     if CALIBRATED:
-        whole_q, half_steps, c_unit = load_whole_query(
+        whole_q, c_unit, c_start = load_whole_query(
             Parts, Units, query + stride, real_heads, D, DP, HEADS, PTX
         )
         scaled, scaled_starts = (), ()
@@ -139,12 +152,23 @@ def attend_pages(
             scaled = scaled + (units[b] * ROOT_UNIT,)
             scaled_starts = scaled_starts + (starts[b] * ROOT_UNIT,)
         units, starts = scaled, scaled_starts
-        c_mass = tl.zeros([HEADS], tl.float32)
-        centroids = tl.zeros([DP, HEADS], tl.float32)
-    else:
-        c_mass = mass
-        centroids = tl.zeros([16, HEADS], tl.float32)
+        word = w % 8 if VT[0][2] >= 0 else w  # rows beyond a tile's are not stored
+        centroid_at = ()
+        for i in tl.static_range(0, len(VC), 4):
+            first_word = tl.zeros([16], tl.int32)
+            for j in tl.static_range(i, min(i + 4, len(VC))):
+                first_word += tl.where(n % 4 == j - i, VC[j], 0)
+            centroid_at = centroid_at + (word[:, None] + first_word[None, :],)
+        code_offsets = ()
+        for u in tl.static_range(TILES):
+            even, odd = CODE_OFFSET / VB[2 * u][0], CODE_OFFSET / VB[2 * u + 1][0]
+            their = tl.where(n < 8, even, odd).to(tl.float16)
+            code_offsets = code_offsets + (tl.broadcast_to(their[:, None], [16, 16]),)
 
+    # numbers that are alike in all lanes the compiler puts into uniform registers, and waits at the
+    # end of an iteration for what only the next one needs: it must not know that they are alike
+    zero = hidden_zero(real_heads, PTX)
+    Pages, Blocks = Pages + zero, Blocks + zero
     key_block, key_offset = tl.load(places), tl.load(places + 1).to(tl.int64)
     value_block, value_offset = tl.load(places + 2), tl.load(places + 3).to(tl.int64)
     page = tl.load(Pages + first).to(tl.int64)
@@ -180,21 +204,20 @@ def attend_pages(
             v_scales = tl.load((values + D).to(tl.pointer_type(tl.int32), bitcast=True))
             k_half, k_centroid_half = pair_of(k_scales)
             v_half, v_centroid_half = pair_of(v_scales)
-            v_unit = v_half.to(tl.float32)
+            v_unit, v_step = v_half.to(tl.float32), v_centroid_half.to(tl.float32)
             if DP >= 128:
                 k_codes = load_tile(keys + d, d < D, D, DP)
-                v_codes = load_tile(values + d, d < D, D, DP)
                 k_codes = tl.broadcast_to(k_codes[None, :], [16, DP])
-                v_codes = tl.broadcast_to(v_codes[:, None], [DP, HEADS])
             else:  # fewer than four bytes a lane would not be copied asynchronously: repeat them
                 at = keys + tl.broadcast_to(d[None, :], [16, DP])
                 k_codes = load_tile(at, (d < D)[None, :], D, DP)
-                at = values + tl.broadcast_to(d[:, None], [DP, HEADS])
-                v_codes = load_tile(at, (d < D)[:, None], D, DP)
+            v_codes = ()
+            for i in tl.static_range(len(centroid_at)):
+                v_codes = v_codes + (tl.load(value_words + centroid_at[i]),)
             near = tl.dot(take_bytes(k_codes, 0, 8, 0, PTX), whole_q, out_dtype=tl.int32)
             near = join_parts(near, 1)
-            by = c_unit * k_centroid_half.to(tl.float32)
-            near = (near + half_steps[None, :]) * by[None, :]
+            near = near * c_unit[None, :] + c_start[None, :]
+            near *= k_centroid_half.to(tl.float32)
             k_unit = k_half.to(tl.float32) * ROOT_UNIT
         else:  # what nobody wrote may be NaN
             valid = t < tl.where(e == end - 1, last_valid, P)
@@ -228,7 +251,8 @@ def attend_pages(
             logits = tl.where(valid[:, None], logits, -float("inf"))
         blocks = tl.reshape(logits, [P // 16, 16, HEADS])
         x = blocks * k_unit + (near - top[None, :])[None, :, :]
-        power = tl.maximum(v_unit.to(tl.int32, bitcast=True) & 0x7F800000, unit)
+        larger = tl.maximum(v_unit, v_step) if CALIBRATED else v_unit
+        power = tl.maximum(larger.to(tl.int32, bitcast=True) & 0x7F800000, unit)
         # of positive numbers the bits are in order
         rise = tl.max(tl.reshape(x, [P * HEADS]).to(tl.int32, bitcast=True), 0)
         if (rise > HEADROOM) | (power > unit):
@@ -238,9 +262,7 @@ def attend_pages(
             fade = tl.exp2(top - new_top)
             top = new_top
             x = blocks * k_unit + (near - top[None, :])[None, :, :]
-            mass *= fade
-            c_mass *= fade
-            centroids *= fade[None, :]
+            mass *= fade[None, :]
             sums_fade = twice(fade) * (unit - power + 0x3F800000).to(tl.float32, bitcast=True)
             new_weight, new_out = (), ()
             for u in tl.static_range(len(weight)):
@@ -249,14 +271,12 @@ def attend_pages(
                 new_out = new_out + (out[i] * sums_fade[None, :],)
             weight, out, unit = new_weight, new_out, power
         p = tl.reshape(tl.exp2(x), [P, HEADS])
-        page_mass = tl.sum(p, 0)
+        # of a lane's own tokens: products and the end add the rest up
+        page_mass = tl.sum(tl.reshape(p, [P // 8, 8, HEADS]), 0)
         mass += page_mass
         per_unit = (0x7F000000 - unit).to(tl.float32, bitcast=True)
         if CALIBRATED:
-            share = page_mass * v_centroid_half.to(tl.float32)
-            c_mass += share
-            codes = (v_codes.to(tl.int32) & 0xFF).to(tl.float32)
-            centroids += codes * share[None, :]
+            share = page_mass * (v_step * per_unit * 2.0**P_SHIFT)
             pairs = turn_weights(p * (v_unit * per_unit * 2.0**P_SHIFT), PTX)
         else:
             pairs = turn_weights(p * 2.0**P_SHIFT, PTX)
@@ -264,14 +284,30 @@ def attend_pages(
             turn = bits | bits << 16
         radii = tl.permute(tl.reshape(v_radii, [P // 16, 4, 2]), (0, 2, 1))
         radii = tl.reshape(radii, [P // 8, 1, 1, 4])
-        weights, new_weight, new_out = (), (), ()
+        weights, shares, halves, new_weight, new_out = (), (), (), (), ()
         for u in tl.static_range(TILES):
             if CALIBRATED:
                 turn = (8 - 4 * (2 * u + slot)) & 31
             weights = weights + (weights_of(pairs, radii, turn, CALIBRATED, PTX),)
-            new_weight = new_weight + (tl.dot(ones, weights[u], weight[u]),)
+            sums = tl.dot(ones, weights[u], weight[u])
+            if CALIBRATED:
+                words = share_words(share, SHARE / VB[2 * u][1], SHARE / VB[2 * u + 1][1], PTX)
+                shares = shares + (words,)
+                own = words_to_operand(words & word_mask(0), PTX)
+                sums = tl.dot(code_offsets[u], own, sums)
+            new_weight = new_weight + (sums,)
+        if CALIBRATED:
+            for i in tl.static_range(len(v_codes)):
+                halves = halves + (take_digit(v_codes[i], 0, 8, 0, PTX),)
+                halves = halves + (take_digit(v_codes[i], 8, 8, 0, PTX),)
         for i in tl.static_range(len(VP)):
             sums = out[i]
+            if CALIBRATED:
+                rows = word_mask(VP[i][5] % 4)
+                if VP[i][3] >= 0:  # the other part's codes are in these sums, so its centroid too
+                    rows |= word_mask(VP[VP[i][3]][5] % 4)
+                its = words_to_operand(shares[VP[i][0] // 2] & rows, PTX)
+                sums = tl.dot(halves[VP[i][5] // 4 * 2 + VP[i][1] % 2], its, sums)
             for j in tl.static_range(len(VD)):
                 if VD[j][1] == i:
                     codes = take_digit(v_tiles[VD[j][0]], VD[j][2], VD[j][3], VD[j][4], PTX)
@@ -280,18 +316,17 @@ def attend_pages(
         out, weight = new_out, new_weight
 
     target = Out + at_head * D
+    mass = tl.sum(mass, 0)
     inverse = tl.where(mass > 0, 1.0 / mass, 0.0)
-    if CALIBRATED:
-        shares = Shares + at_head * D
-        inside = (d < D)[:, None] & (g < real_heads)[None, :]
-        sums = (centroids - (c_mass * 127.5)[None, :]) * inverse[None, :]
-        tl.store(shares + g[None, :] * D + d[:, None], sums, mask=inside)
     scale = unit.to(tl.float32, bitcast=True) * 2.0**-P_SHIFT
     if CALIBRATED:
         scale *= HALF_RADIUS_UNIT
     by_column = twice(inverse * scale)
     for i in tl.static_range(len(VP)):
-        offset = tl.max(weight[VP[i][0] // 2], 0) * VB[VP[i][0]][0]
+        own_rows = n[:, None] // 8 == (column % 2)[None, :]
+        offset = (
+            tl.max(tl.where(own_rows, weight[VP[i][0] // 2], -float("inf")), 0) * VB[VP[i][0]][0]
+        )
         sums = out[i] - (out[VP[i][3]] if VP[i][3] >= 0 else 0.0)
         sums = (sums - offset[None, :]) * (by_column * VB[VP[i][0]][1])[None, :]
         mine = (column // 2 < real_heads) & (column % 2 == VP[i][0] % 2)
@@ -306,7 +341,7 @@ def attend_pages(
 # one binary for all sizes of workspace and all layers
 @triton.jit(do_not_specialize=["stride"], do_not_specialize_on_alignment=["KindOf"])
 def decode_pages(
-    signs, Arena, Items, Pages, Blocks, Places, KindOf, Parts, Units, Out, Shares, Lse, max_pages,
+    signs, Arena, Items, Pages, Blocks, Places, KindOf, Parts, Units, Out, Lse, max_pages,
     blocks_per_page, block_bytes, level_stride, kv_heads, stride,
     D: tl.constexpr, P: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, DP: tl.constexpr,
     KINDS: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
@@ -322,7 +357,6 @@ def decode_pages(
             both
     Parts, Units  queries as `frame_queries` leaves them, sets `stride` queries apart
     Out     float32 [items, kv_heads, G, D] in the value frame; Lse [items, kv_heads, G], base 2
-    Shares  float32 like Out: what the centroids of calibrated pages add to it
     """
     head = tl.program_id(0)
     item = tl.program_id(1)
@@ -357,7 +391,7 @@ def decode_pages(
         if (bit >> i) & 1:
             attend_pages(
                 Arena, Pages + request * max_pages, Blocks, places,
-                Parts, Units, query, stride, Out, Shares, Lse, at,
+                Parts, Units, query, stride, Out, Lse, at,
                 first, end, last_valid, blocks_per_page, block_bytes, G - first_head,
                 D, P, HEADS, DP, KINDS, i, PTX,
             )  # fmt: skip

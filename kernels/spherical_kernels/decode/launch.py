@@ -100,7 +100,6 @@ class DecodeWorkspace:
     units        float32 [SETS, max_batch, heads, BANDS], what an integer stands for
     near         float32 [max_batch, heads], q . centre
     partial      float32 [max_items, heads, d], in the value frames
-    shares       float32 [max_items, heads, d], of centroids, to be added to it
     partial_lse  float32 [max_items, heads]
     """
 
@@ -108,7 +107,6 @@ class DecodeWorkspace:
     units: torch.Tensor
     near: torch.Tensor
     partial: torch.Tensor
-    shares: torch.Tensor
     partial_lse: torch.Tensor
 
     @classmethod
@@ -123,8 +121,7 @@ class DecodeWorkspace:
         return cls(
             table(SETS, max_batch, heads, 2, head_dim, dtype=torch.int8),
             table(SETS, max_batch, heads, BANDS), table(max_batch, heads),
-            table(max_items, heads, head_dim), table(max_items, heads, head_dim),
-            table(max_items, heads),
+            table(max_items, heads, head_dim), table(max_items, heads),
         )  # fmt: skip
 
 
@@ -192,7 +189,7 @@ def run_decode(
         (kv_heads, max_items, -(-group // MOST_HEADS)),
         SIGNS, pages.arena.view(torch.int8), tables.items, tables.pages, pages.page_blocks,
         pages.places, pages.kind_of,
-        *queries, workspace.partial, workspace.shares, workspace.partial_lse, max_pages,
+        *queries, workspace.partial, workspace.partial_lse, max_pages,
         pages.page_blocks.shape[1], pages.block_bytes, pages.kind_of.stride(0), kv_heads,
         max_batch * heads,
     )  # fmt: skip
@@ -203,7 +200,7 @@ def run_decode(
             BANDS,
             -(-group // merge.constants["GP"]),
         ),
-        workspace.partial, workspace.shares, workspace.partial_lse, tables.item_start,
+        workspace.partial, workspace.partial_lse, tables.item_start,
         tables.hot_items, frames.value_picks.channel, frames.value_picks.weight,
         frames.value_centre, workspace.near, out, lse, batch, kv_heads,
     )  # fmt: skip
@@ -289,6 +286,7 @@ def _constants(keys: SliceLayout, values: SliceLayout, tuning: Tuning) -> tuple[
     stacked = all(tile.row_bytes == 16 for tile in values.tiles)
     value_tiles = _value_operands(values, stacked)
     key_row = max(32, _power_of_two(keys.band_width))
+    *value_tables, centroid_words = _value_tables(values, stacked)
     value_row = max(16, _power_of_two(max(words for _, words, _ in value_tiles)))
     # what a page takes in shared memory: padded tiles, radii, centroids
     page = keys.page_size * (len(keys.tiles) * key_row + len(value_tiles) * 2 * value_row + 4)
@@ -298,8 +296,9 @@ def _constants(keys: SliceLayout, values: SliceLayout, tuning: Tuning) -> tuple[
         room -= keys.page_size * key_row
     return (
         keys.calibrated, keys.radii_offset_bytes // 2, key_row, value_row, *_key_tables(keys),
-        value_tiles, *_value_tables(values, stacked), min(tuning.stages, max(2, 1 + room // page)),
+        value_tiles, *value_tables, min(tuning.stages, max(2, 1 + room // page)),
         2 if keys.band_width == 16 else 1,
+        centroid_words,
     )  # fmt: skip
 
 
@@ -332,9 +331,10 @@ def _value_operands(layout: SliceLayout, stacked: bool) -> tuple[tuple[int, int,
 
 
 def _value_tables(layout: SliceLayout, stacked: bool) -> tuple[Any, ...]:
-    """VP, VD and VB as kernel.py describes them."""
+    """VP, VD, VB and VC as kernel.py describes them."""
     places = _places(layout, _OPERAND_BITS)
-    parts: list[tuple[int, int, int, int]] = []
+    parts: list[tuple[int, int, int, int, int]] = []
+    words: list[int] = []
     less: dict[int, int] = {}
     digits = []
     for index, tile in enumerate(layout.tiles):
@@ -343,8 +343,11 @@ def _value_tables(layout: SliceLayout, stacked: bool) -> tuple[Any, ...]:
         for digit in tile.digits:
             for run in range(tile.runs):
                 for half in (0, 1):
-                    first = digit.band * layout.band_width + run * tile.row_bytes + half
-                    part = digit.band, first, tile.row_bytes // 2, row
+                    pairs = digit.band * layout.band_width + run * tile.row_bytes
+                    if pairs // 2 not in words:
+                        words.append(pairs // 2)
+                    column = words.index(pairs // 2)
+                    part = digit.band, pairs + half, tile.row_bytes // 2, row, column
                     if part not in parts:
                         parts.append(part)
                     shift = digit.byte_shift + run * digit.bits + 8 * half
@@ -358,8 +361,8 @@ def _value_tables(layout: SliceLayout, stacked: bool) -> tuple[Any, ...]:
     for band, bits in enumerate(layout.pattern.bits):
         unit = 2.0 ** (places.get(band, 0) - 24)
         bands.append(((2**bits - 1) / 2 * unit, _step(layout, bits) / unit if bits else 0.0))
-    with_less = tuple((*part[:3], less.get(i, -1), part[3]) for i, part in enumerate(parts))
-    return with_less, tuple(digits), tuple(bands)
+    with_less = tuple((*part[:3], less.get(i, -1), *part[3:]) for i, part in enumerate(parts))
+    return with_less, tuple(digits), tuple(bands), tuple(words)
 
 
 def _is_whole(layout: SliceLayout, tile: Tile) -> bool:

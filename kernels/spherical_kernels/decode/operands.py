@@ -96,6 +96,18 @@ def keep(x, PTX: tl.constexpr):
 
 
 @triton.jit
+def hidden_zero(positive, PTX: tl.constexpr):
+    """Zero, which the compiler takes for a number that may differ from lane to lane."""
+    if PTX:
+        asm: tl.constexpr = (
+            "{ .reg .b32 t; .reg .pred p; mov.b32 t, %laneid; setp.lt.s32 p, $1, 0; "
+            "selp.b32 $0, t, 0, p; }"
+        )
+        return tl.inline_asm_elementwise(asm, "=r,r", [positive], tl.int32, True, 1)
+    return 0
+
+
+@triton.jit
 def token_of(row, FOLD: tl.constexpr):
     """The token of each row of the keys' products, or of its first part; the next one's token is
     two further. After `turn_weights` every lane then has four tokens in a row, as the values'
@@ -173,8 +185,63 @@ def weights_of(pairs, radii, turn, CALIBRATED: tl.constexpr, PTX: tl.constexpr):
             low, high = low * by, high * by
         p_low, p_high = pair_of(pairs)
         low, high = low * p_low, high * p_high
+    return in_order_of_tokens(low, high)
+
+
+@triton.jit
+def in_order_of_tokens(low, high):
+    """Weights of two tokens each, float16 [M, N, 8, 4] both -> an operand [8 M, 8 N]
+    (`token_of`)."""
+    M: tl.constexpr = low.shape[0]
+    N: tl.constexpr = low.shape[1]
     weights = tl.reshape(tl.join(low, high), [M // 2, 2, N, 8, 4, 2])
     return tl.reshape(tl.permute(weights, (0, 4, 1, 5, 2, 3)), [8 * M, 8 * N])
+
+
+@triton.jit
+def share_words(share, EVEN: tl.constexpr, ODD: tl.constexpr, PTX: tl.constexpr):
+    """share float32 [8, heads], of every eighth token -> int32 [2, heads // 4, 8, 4], laid out as
+    `turn_weights` does it.
+
+    Both halves of every word are as float16 the sum of two rows, times EVEN or ODD by column; the
+    words of a column hold all rows.
+    """
+    N: tl.constexpr = share.shape[1] // 4
+    if PTX:
+        asm: tl.constexpr = (
+            "{ .reg .b32 t, u; cvt.rn.f16x2.f32 t, $2, $1; "
+            "movmatrix.sync.aligned.m8n8.trans.b16 t, t; "
+            "prmt.b32 u, t, t, 0x1032; add.rn.f16x2 $0, t, u; }"
+        )
+        words = tl.inline_asm_elementwise(
+            asm, "=r,f,f", [share * EVEN, share * ODD], tl.int32, False, 1
+        )
+        words = tl.permute(tl.reshape(words, [1, 8, N, 4]), (0, 2, 1, 3))
+    else:
+        columns = tl.reshape(tl.join(share * EVEN, share * ODD), [1, 4, 2, N, 8])
+        first, second = tl.split(tl.permute(columns.to(tl.float16), (0, 3, 4, 1, 2)))
+        bits = (first + second).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        words = bits | bits << 16
+    return tl.broadcast_to(words, [2, N, 8, 4])
+
+
+@triton.jit
+def word_mask(ROW: tl.constexpr):
+    """int32 [2, 1, 1, 1], for words of `share_words`: leaves every fourth row from ROW on."""
+    i = tl.arange(0, 2)[:, None, None, None]
+    return tl.where(2 * i == ROW, 0xFFFF, 0) | tl.where(2 * i + 1 == ROW, -65536, 0)
+
+
+@triton.jit
+def words_to_operand(words, PTX: tl.constexpr):
+    """Words of two float16, int32 [2, N, 8, 4] -> an operand [16, 8 N]."""
+    if PTX:
+        low, high = tl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [words], (tl.float16, tl.float16), True, 1
+        )
+    else:
+        low, high = pair_of(words)
+    return in_order_of_tokens(low, high)
 
 
 @triton.jit

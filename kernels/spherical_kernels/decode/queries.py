@@ -52,8 +52,8 @@ def load_whole_query(
     Parts, Units, query, real_heads, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr,
     PTX: tl.constexpr,
 ):  # fmt: skip
-    """The query for centroids: int8 [DP, 2 heads], what its half steps add, and its unit, float32
-    [heads] both."""
+    """The query for centroids: int8 [DP, 2 heads]; the logit per unit of its products, and what
+    that starts from, float32 [heads] both."""
     d = tl.arange(0, DP)
     g = tl.arange(0, HEADS)
     column = tl.arange(0, 2 * HEADS)
@@ -61,4 +61,4 @@ def load_whole_query(
     inside = (d < D)[:, None] & (column // 2 < real_heads)[None, :]
     parts = keep(tl.load(at, mask=inside, other=0), PTX)
     unit = tl.load(Units + (query + g) * 4, mask=g < real_heads, other=0.0)
-    return parts, sum_query(parts, 1) * 0.5, unit
+    return parts, unit, sum_query(parts, 1) * (unit * 0.5)
