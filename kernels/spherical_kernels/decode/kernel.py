@@ -15,14 +15,18 @@ A kind is described by tuples of constants:
     KT   (first byte, bytes per row, bits of a run or 0) of every tile of the keys
     KD   (tile, band, shift in the byte, bits, place in the operand) of every digit
     KB   (place, what a level exceeds 0 by in code units, step) of every band; step 0 uncoded
-    VT   (first word, words per row, first word of a second tile or -1) of the values' operands: two
-         tiles of 8 words a row lie one below the other
-    VP   (band, first channel, words, other part or -1, first row, column of VC): channels first,
-         first + 2, ... of a band; where its operand holds both codes of a byte, the sum of the
-         other part is to be taken off
-    VC   first words of the centroid's columns, each the channels of two parts
+    VT   (first word, words per row) of every tile of the values
+    VP   (band, first channel, words, other part or -1, column of VC): channels first, first + 2,
+         ... of a band; where its operand holds both codes of a byte, the sum of the other part is
+         to be taken off
+    VC   (words, first word, first word, ...) of every operand of the centroid: of its columns, each
+         the channels of two parts with as many words
     VD   (tile, part, shift in the word, bits, place in the operand)
     VB   (what a code exceeds its level by, factor that undoes place, 2**-24 and the step)
+
+Where rows are short (FOLD = 2, d = 64) a row holds two neighbouring tokens. In the keys' products
+they lie side by side and have columns of their own, in the values' they lie one below the other and
+take the two columns of a head, so that there are weights for every band.
 
 The values' centroid is one more step of the values' product. Its operand has a column for the
 channels of every two parts, up to four of them, four times: as often as there are lanes whose
@@ -35,15 +39,19 @@ import triton
 import triton.language as tl
 
 from .operands import (
+    add_rows_of_tokens,
     hidden_zero,
     join_parts,
-    key_radius,
+    key_radii,
+    masses_of,
     pair_of,
+    radii_of_columns,
     share_words,
     take_bytes,
     take_digit,
     take_runs,
     token_of,
+    turn_of,
     turn_weights,
     twice,
     weights_of,
@@ -121,27 +129,25 @@ def attend_pages(
     VC: tl.constexpr = of_kind(KINDS, KIND, 13)
     WIDTH: tl.constexpr = D // len(KB)
     COLUMNS: tl.constexpr = 2 * HEADS
-    TILES: tl.constexpr = (len(VB) + 1) // 2  # of columns, two bands each
+    EACH: tl.constexpr = 1 if FOLD == 2 or len(VB) == 1 else 2  # bands that weights are for
     column = tl.arange(0, COLUMNS)
     g = tl.arange(0, HEADS)
-    t = token_of(tl.arange(0, P), 1)
-    row = token_of(tl.arange(0, P // FOLD), FOLD)
+    row = token_of(tl.arange(0, P // FOLD))
     k = tl.arange(0, K)
     w = tl.arange(0, W)
     d = tl.arange(0, DP)
     pair = tl.arange(0, P // 2)
-    slot = (tl.arange(0, 8) % 2)[None, None, :, None]
     n = tl.arange(0, 16)
     query += stride if CALIBRATED else 0
     q, units, starts = load_query(Parts, Units, query, real_heads, D, HEADS, K, FOLD, KB, PTX)
     top = tl.full([HEADS], NONE, tl.float32)
     mass = tl.zeros([8, HEADS], tl.float32)
-    ones = tl.full([16, P], 1.0, tl.float16)
+    ones = tl.full([16, P // FOLD], 1.0, tl.float16)
     unit = tl.full([], SMALLEST if CALIBRATED else SMALLEST_NORMAL, tl.int32)
     out, weight = (), ()
     for i in tl.static_range(len(VP)):
         out = out + (tl.zeros([W, COLUMNS], tl.float32),)
-    for u in tl.static_range(TILES):
+    for u in tl.static_range(0, len(VB), EACH):
         weight = weight + (tl.zeros([16, COLUMNS], tl.float32),)
     if CALIBRATED:
         whole_q, c_unit, c_start = load_whole_query(
@@ -152,16 +158,15 @@ def attend_pages(
             scaled = scaled + (units[b] * ROOT_UNIT,)
             scaled_starts = scaled_starts + (starts[b] * ROOT_UNIT,)
         units, starts = scaled, scaled_starts
-        word = w % 8 if VT[0][2] >= 0 else w  # rows beyond a tile's are not stored
-        centroid_at = ()
-        for i in tl.static_range(0, len(VC), 4):
+        centroid_at, code_offsets = (), ()
+        for i in tl.static_range(len(VC)):
             first_word = tl.zeros([16], tl.int32)
-            for j in tl.static_range(i, min(i + 4, len(VC))):
-                first_word += tl.where(n % 4 == j - i, VC[j], 0)
+            for j in tl.static_range(1, len(VC[i])):
+                first_word += tl.where(n % 4 == j - 1, VC[i][j], 0)
+            word = w % VC[i][0] if FOLD == 2 else w  # rows beyond a tile's are not stored
             centroid_at = centroid_at + (word[:, None] + first_word[None, :],)
-        code_offsets = ()
-        for u in tl.static_range(TILES):
-            even, odd = CODE_OFFSET / VB[2 * u][0], CODE_OFFSET / VB[2 * u + 1][0]
+        for u in tl.static_range(0, len(VB), EACH):
+            even, odd = CODE_OFFSET / VB[u][0], CODE_OFFSET / VB[u + EACH - 1][0]
             their = tl.where(n < 8, even, odd).to(tl.float16)
             code_offsets = code_offsets + (tl.broadcast_to(their[:, None], [16, 16]),)
 
@@ -186,18 +191,14 @@ def attend_pages(
         k_tiles, v_tiles = (), ()
         for i in tl.static_range(len(KT)):
             byte = k % WIDTH % KT[i][1] if KT[i][2] else k % WIDTH
-            token = row[:, None] + (k // WIDTH * 2)[None, :]
-            at = keys + (KT[i][0] + token * KT[i][1] + byte[None, :])
+            place = KT[i][0] + k // WIDTH * KT[i][1] + byte
+            at = keys + (row[:, None] * (FOLD * KT[i][1]) + place[None, :])
             k_tiles = k_tiles + (load_tile(at, (k < WIDTH)[None, :], FOLD * WIDTH, K),)
         for i in tl.static_range(len(VT)):
-            token = tl.arange(0, P)[None, :] * VT[i][1]
-            if VT[i][2] >= 0:
-                word = w % 8 + w // 8 * (VT[i][2] - VT[i][0])
-                v_tiles = v_tiles + (tl.load(value_words + (VT[i][0] + token + word[:, None])),)
-            else:
-                at = value_words + (VT[i][0] + token + w[:, None])
-                v_tiles = v_tiles + (load_tile(at, (w < VT[i][1])[:, None], VT[i][1], W),)
-        k_words = tl.load(keys.to(tl.pointer_type(tl.int16), bitcast=True) + RADII + t)
+            at = value_words + (VT[i][0] + tl.arange(0, P // FOLD)[None, :] * VT[i][1] + w[:, None])
+            v_tiles = v_tiles + (load_tile(at, (w < VT[i][1])[:, None], VT[i][1], W),)
+        radii_at = keys.to(tl.pointer_type(tl.int16 if FOLD == 1 else tl.int32), bitcast=True)
+        k_words = tl.load(radii_at + RADII // FOLD + row)
         v_radii = tl.load(values.to(tl.pointer_type(tl.int32), bitcast=True) + RADII // 2 + pair)
         if CALIBRATED:
             k_scales = tl.load((keys + D).to(tl.pointer_type(tl.int32), bitcast=True))
@@ -220,7 +221,7 @@ def attend_pages(
             near *= k_centroid_half.to(tl.float32)
             k_unit = k_half.to(tl.float32) * ROOT_UNIT
         else:  # what nobody wrote may be NaN
-            valid = t < tl.where(e == end - 1, last_valid, P)
+            valid = row < tl.where(e == end - 1, last_valid, P)
             k_words = tl.where(valid, k_words, 0)
             low = 2 * pair < tl.where(e == end - 1, last_valid, P)
             high = 2 * pair + 1 < tl.where(e == end - 1, last_valid, P)
@@ -238,13 +239,15 @@ def attend_pages(
                         tile = k_tiles[KD[i][0]]
                         if KT[KD[i][0]][2]:
                             shift = (k % WIDTH // KT[KD[i][0]][1] * KT[KD[i][0]][2])[None, :]
+                            # smaller tiles may have single bytes in a lane's registers
                             codes = take_runs(
-                                tile, shift, KD[i][3], PTX and KT[KD[i][0]][1] % 4 == 0
-                            )
+                                tile, shift, KD[i][3],
+                                PTX and KT[KD[i][0]][1] % 4 == 0 and P // FOLD >= 32,
+                            )  # fmt: skip
                         else:
                             codes = take_bytes(tile, KD[i][2], KD[i][3], KD[i][4], PTX)
                         dots = tl.dot(codes, q[b], dots, out_dtype=tl.int32)
-                radii = key_radius(k_words, b, CALIBRATED)
+                radii = key_radii(k_words, b, FOLD, CALIBRATED)
                 level = join_parts(dots, FOLD) * units[b][None, :] + starts[b][None, :]
                 logits += level * radii[:, None]
         if not CALIBRATED:
@@ -272,29 +275,32 @@ def attend_pages(
             weight, out, unit = new_weight, new_out, power
         p = tl.reshape(tl.exp2(x), [P, HEADS])
         # of a lane's own tokens: products and the end add the rest up
-        page_mass = tl.sum(tl.reshape(p, [P // 8, 8, HEADS]), 0)
-        mass += page_mass
+        in_even, in_odd = masses_of(p, FOLD)
+        mass += in_even + in_odd if FOLD == 2 else in_even
         per_unit = (0x7F000000 - unit).to(tl.float32, bitcast=True)
         if CALIBRATED:
-            share = page_mass * (v_step * per_unit * 2.0**P_SHIFT)
-            pairs = turn_weights(p * (v_unit * per_unit * 2.0**P_SHIFT), PTX)
+            per_step = v_step * per_unit * 2.0**P_SHIFT
+            in_even, in_odd = in_even * per_step, in_odd * per_step
+            pairs = turn_weights(p * (v_unit * per_unit * 2.0**P_SHIFT), FOLD, PTX)
         else:
-            pairs = turn_weights(p * 2.0**P_SHIFT, PTX)
+            pairs = turn_weights(p * 2.0**P_SHIFT, FOLD, PTX)
             bits = per_unit.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
             turn = bits | bits << 16
-        radii = tl.permute(tl.reshape(v_radii, [P // 16, 4, 2]), (0, 2, 1))
-        radii = tl.reshape(radii, [P // 8, 1, 1, 4])
+        radii = radii_of_columns(v_radii, FOLD, PTX)
         weights, shares, halves, new_weight, new_out = (), (), (), (), ()
-        for u in tl.static_range(TILES):
+        for u in tl.static_range(0, len(VB), EACH):
             if CALIBRATED:
-                turn = (8 - 4 * (2 * u + slot)) & 31
-            weights = weights + (weights_of(pairs, radii, turn, CALIBRATED, PTX),)
-            sums = tl.dot(ones, weights[u], weight[u])
+                turn = turn_of(u, EACH)
+            its = weights_of(pairs, radii, turn, CALIBRATED, PTX)
+            weights = weights + (its,)
+            sums = tl.dot(ones, its, weight[u // EACH])
             if CALIBRATED:
-                words = share_words(share, SHARE / VB[2 * u][1], SHARE / VB[2 * u + 1][1], PTX)
+                words = share_words(
+                    in_even * (SHARE / VB[u][1]), in_odd * (SHARE / VB[u + EACH - 1][1]), PTX
+                )
                 shares = shares + (words,)
                 own = words_to_operand(words & word_mask(0), PTX)
-                sums = tl.dot(code_offsets[u], own, sums)
+                sums = tl.dot(code_offsets[u // EACH], own, sums)
             new_weight = new_weight + (sums,)
         if CALIBRATED:
             for i in tl.static_range(len(v_codes)):
@@ -303,15 +309,15 @@ def attend_pages(
         for i in tl.static_range(len(VP)):
             sums = out[i]
             if CALIBRATED:
-                rows = word_mask(VP[i][5] % 4)
+                rows = word_mask(VP[i][4] % 4)
                 if VP[i][3] >= 0:  # the other part's codes are in these sums, so its centroid too
-                    rows |= word_mask(VP[VP[i][3]][5] % 4)
-                its = words_to_operand(shares[VP[i][0] // 2] & rows, PTX)
-                sums = tl.dot(halves[VP[i][5] // 4 * 2 + VP[i][1] % 2], its, sums)
+                    rows |= word_mask(VP[VP[i][3]][4] % 4)
+                own = words_to_operand(shares[VP[i][0] // EACH] & rows, PTX)
+                sums = tl.dot(halves[VP[i][4] // 4 * 2 + VP[i][1] % 2], own, sums)
             for j in tl.static_range(len(VD)):
                 if VD[j][1] == i:
                     codes = take_digit(v_tiles[VD[j][0]], VD[j][2], VD[j][3], VD[j][4], PTX)
-                    sums = tl.dot(codes, weights[VP[i][0] // 2], sums)
+                    sums = tl.dot(codes, weights[VP[i][0] // EACH], sums)
             new_out = new_out + (sums,)
         out, weight = new_out, new_weight
 
@@ -324,16 +330,20 @@ def attend_pages(
     by_column = twice(inverse * scale)
     for i in tl.static_range(len(VP)):
         own_rows = n[:, None] // 8 == (column % 2)[None, :]
-        offset = (
-            tl.max(tl.where(own_rows, weight[VP[i][0] // 2], -float("inf")), 0) * VB[VP[i][0]][0]
-        )
+        its = weight[VP[i][0] // EACH]
+        offset = tl.max(tl.where(own_rows, its, -float("inf")), 0) * VB[VP[i][0]][0]
         sums = out[i] - (out[VP[i][3]] if VP[i][3] >= 0 else 0.0)
         sums = (sums - offset[None, :]) * (by_column * VB[VP[i][0]][1])[None, :]
-        mine = (column // 2 < real_heads) & (column % 2 == VP[i][0] % 2)
-        word = w - VP[i][4]
-        inside = ((word >= 0) & (word < VP[i][2]))[:, None] & mine[None, :]
-        channel = VP[i][1] + 2 * word
-        tl.store(target + (column // 2 * D)[None, :] + channel[:, None], sums, mask=inside)
+        if FOLD == 2:
+            sums = add_rows_of_tokens(sums, VP[i][2])
+            channel = VP[i][1] + 2 * tl.arange(0, VP[i][2])
+            at = target + (g * D)[None, :] + channel[:, None]
+            tl.store(at, sums, mask=(g < real_heads)[None, :])
+        else:
+            mine = (column // 2 < real_heads) & (column % 2 == VP[i][0] % 2)
+            inside = (w < VP[i][2])[:, None] & mine[None, :]
+            channel = VP[i][1] + 2 * w
+            tl.store(target + (column // 2 * D)[None, :] + channel[:, None], sums, mask=inside)
     lse = tl.where(mass > 0, top + tl.log2(mass), -float("inf"))
     tl.store(Lse + at_head + g, lse, mask=g < real_heads)
 

@@ -52,6 +52,9 @@ FEWEST_ROWS = 16
 FRAME_ROWS, FRAME_WARPS = 4, 1
 """Queries of a program of `frame_queries`, and its warps."""
 
+SHARED_COLUMNS = 4
+"""Of an operand of the values' centroid."""
+
 _OPERAND_BITS = 10  # a float16 is linear in its low 10 bits
 
 Kind = tuple[SliceLayout, SliceLayout]
@@ -283,21 +286,25 @@ def kernel_constants(kinds: tuple[Kind, ...], group: int, tuning: Tuning) -> dic
 
 
 def _constants(keys: SliceLayout, values: SliceLayout, tuning: Tuning) -> tuple[Any, ...]:
-    stacked = all(tile.row_bytes == 16 for tile in values.tiles)
-    value_tiles = _value_operands(values, stacked)
+    fold = 2 if keys.band_width == 16 else 1  # tokens in a row
+    value_tiles = tuple(
+        (tile.offset_bytes // 2, fold * tile.row_bytes // 2) for tile in values.tiles
+    )
+    *value_tables, centroid_words = _value_tables(values, fold)
     key_row = max(32, _power_of_two(keys.band_width))
-    *value_tables, centroid_words = _value_tables(values, stacked)
-    value_row = max(16, _power_of_two(max(words for _, words, _ in value_tiles)))
+    value_row = max(16, _power_of_two(max(words for _, words in value_tiles)))
     # what a page takes in shared memory: padded tiles, radii, centroids
-    page = keys.page_size * (len(keys.tiles) * key_row + len(value_tiles) * 2 * value_row + 4)
-    page += (2 if keys.head_dim > 64 else 16 + 8) * _power_of_two(keys.head_dim) + 64
+    rows = keys.page_size // fold
+    page = rows * (len(keys.tiles) * key_row + len(value_tiles) * 2 * value_row + 4 * fold)
+    page += (1 if keys.head_dim > 64 else 16) * _power_of_two(keys.head_dim) + 64
+    page += len(centroid_words) * 32 * value_row
     room = SHARED_BYTES // tuning.programs - RESERVED_BYTES
     if any(tile.runs > 1 for tile in keys.tiles):  # these codes change lanes through shared memory
         room -= keys.page_size * key_row
     return (
         keys.calibrated, keys.radii_offset_bytes // 2, key_row, value_row, *_key_tables(keys),
         value_tiles, *value_tables, min(tuning.stages, max(2, 1 + room // page)),
-        2 if keys.band_width == 16 else 1,
+        fold,
         centroid_words,
     )  # fmt: skip
 
@@ -321,33 +328,22 @@ def _key_tables(layout: SliceLayout) -> tuple[Any, ...]:
     return tuple(tiles), tuple(digits), tuple(bands)
 
 
-def _value_operands(layout: SliceLayout, stacked: bool) -> tuple[tuple[int, int, int], ...]:
-    """VT as kernel.py describes it."""
-    firsts = [tile.offset_bytes // 2 for tile in layout.tiles]
-    if stacked:
-        seconds = [*firsts[1::2], -1]
-        return tuple((first, 8, second) for first, second in zip(firsts[::2], seconds))
-    return tuple((first, tile.row_bytes // 2, -1) for first, tile in zip(firsts, layout.tiles))
-
-
-def _value_tables(layout: SliceLayout, stacked: bool) -> tuple[Any, ...]:
+def _value_tables(layout: SliceLayout, fold: int) -> tuple[Any, ...]:
     """VP, VD, VB and VC as kernel.py describes them."""
     places = _places(layout, _OPERAND_BITS)
-    parts: list[tuple[int, int, int, int, int]] = []
-    words: list[int] = []
+    parts: list[tuple[int, int, int, int]] = []
+    columns: list[tuple[int, list[int]]] = []
     less: dict[int, int] = {}
     digits = []
     for index, tile in enumerate(layout.tiles):
-        whole = _is_whole(layout, tile)
-        index, row = (index // 2, index % 2 * 8) if stacked else (index, 0)
+        whole = fold == 1 and _is_whole(layout, tile)
+        words = tile.row_bytes // 2
         for digit in tile.digits:
             for run in range(tile.runs):
+                first = digit.band * layout.band_width + run * tile.row_bytes
+                column = _column(columns, words, first // 2)
                 for half in (0, 1):
-                    pairs = digit.band * layout.band_width + run * tile.row_bytes
-                    if pairs // 2 not in words:
-                        words.append(pairs // 2)
-                    column = words.index(pairs // 2)
-                    part = digit.band, pairs + half, tile.row_bytes // 2, row, column
+                    part = digit.band, first + half, words, column
                     if part not in parts:
                         parts.append(part)
                     shift = digit.byte_shift + run * digit.bits + 8 * half
@@ -361,8 +357,19 @@ def _value_tables(layout: SliceLayout, stacked: bool) -> tuple[Any, ...]:
     for band, bits in enumerate(layout.pattern.bits):
         unit = 2.0 ** (places.get(band, 0) - 24)
         bands.append(((2**bits - 1) / 2 * unit, _step(layout, bits) / unit if bits else 0.0))
-    with_less = tuple((*part[:3], less.get(i, -1), *part[3:]) for i, part in enumerate(parts))
-    return with_less, tuple(digits), tuple(bands), tuple(words)
+    with_less = tuple((*part[:3], less.get(i, -1), part[3]) for i, part in enumerate(parts))
+    return with_less, tuple(digits), tuple(bands), tuple((n, *of) for n, of in columns)
+
+
+def _column(columns: list[tuple[int, list[int]]], words: int, first: int) -> int:
+    """The place of a column of the centroid's operands, which have up to `SHARED_COLUMNS` each."""
+    for index, (its_words, its_firsts) in enumerate(columns):
+        if its_words == words and first in its_firsts:
+            return index * SHARED_COLUMNS + its_firsts.index(first)
+    if not columns or columns[-1][0] != words or len(columns[-1][1]) == SHARED_COLUMNS:
+        columns.append((words, []))
+    columns[-1][1].append(first)
+    return (len(columns) - 1) * SHARED_COLUMNS + len(columns[-1][1]) - 1
 
 
 def _is_whole(layout: SliceLayout, tile: Tile) -> bool:

@@ -108,36 +108,92 @@ def hidden_zero(positive, PTX: tl.constexpr):
 
 
 @triton.jit
-def token_of(row, FOLD: tl.constexpr):
-    """The token of each row of the keys' products, or of its first part; the next one's token is
-    two further. After `turn_weights` every lane then has four tokens in a row, as the values'
-    product wants them."""
-    if FOLD == 1:
-        return row // 16 * 16 + row // 2 % 4 * 4 + row // 8 % 2 * 2 + row % 2
-    return row // 8 * 16 + row // 2 % 4 * 4 + row % 2
+def token_of(row):
+    """The token of each row of the keys' products, or its pair of tokens. After `turn_weights`
+    every lane then has four of them in a row, as the values' product wants them."""
+    return row // 16 * 16 + row // 2 % 4 * 4 + row // 8 % 2 * 2 + row % 2
 
 
 @triton.jit
-def turn_weights(p, PTX: tl.constexpr):
-    """p float32 [P, heads] -> float16 pairs, int32 [P // 8, heads // 4, 8, 4].
+def by_part(p):
+    """[2 rows, heads], in the order of `join_parts` -> [rows // 8, 8, heads] of either token."""
+    parts = tl.reshape(p, [p.shape[0] // 16, 2, 8, p.shape[1]])
+    return tl.split(tl.permute(parts, (0, 2, 3, 1)))
 
-    Element (i, n, g, c) holds rows 8 i + 2 c and 8 i + 2 c + 1 of head 4 n + g // 2. In registers
-    this takes a lane's logits to where the values' product wants its weights.
+
+@triton.jit
+def masses_of(p, FOLD: tl.constexpr):
+    """p [P, heads] -> sums over every eighth row, [8, heads], for the even and the odd columns."""
+    if FOLD == 2:
+        first, second = by_part(p)
+        even, odd = tl.sum(first, 0), tl.sum(second, 0)
+    else:
+        even = tl.sum(tl.reshape(p, [p.shape[0] // 8, 8, p.shape[1]]), 0)
+        odd = even
+    return even, odd
+
+
+@triton.jit
+def turn_weights(p, FOLD: tl.constexpr, PTX: tl.constexpr):
+    """p float32 [P, heads] -> float16 pairs, int32 [P // FOLD // 8, heads // 4, 8, 4].
+
+    Element (i, n, g, c) holds rows 8 i + 2 c and 8 i + 2 c + 1 of head 4 n + g // 2, of the token
+    g % 2 of a row that has two. In registers this takes a lane's logits to where the values'
+    product wants its weights.
     """
-    P: tl.constexpr = p.shape[0]
-    N: tl.constexpr = p.shape[1] // 4
+    ROWS: tl.constexpr = p.shape[0] // FOLD
+    HEADS: tl.constexpr = p.shape[1]
+    N: tl.constexpr = HEADS // 4
+    if FOLD == 2:
+        even, odd = by_part(p)
+        even, odd = tl.reshape(even, [ROWS, HEADS]), tl.reshape(odd, [ROWS, HEADS])
+    else:
+        even, odd = p, p
     if PTX:
         asm: tl.constexpr = (
-            "{ .reg .b32 t; cvt.rn.f16x2.f32 t, $1, $1; "
+            "{ .reg .b32 t; cvt.rn.f16x2.f32 t, $2, $1; "
             "movmatrix.sync.aligned.m8n8.trans.b16 $0, t; }"
         )
-        turned = tl.inline_asm_elementwise(asm, "=r,f", [p], tl.int32, False, 1)
-        return tl.permute(tl.reshape(turned, [P // 8, 8, N, 4]), (0, 2, 1, 3))
-    bits = p.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    bits = tl.permute(tl.reshape(bits, [P // 8, 4, 2, N, 4]), (0, 3, 4, 1, 2))
-    low, high = tl.split(bits)
-    pairs = tl.broadcast_to((low | high << 16)[:, :, :, None, :], [P // 8, N, 4, 2, 4])
-    return tl.reshape(pairs, [P // 8, N, 8, 4])
+        turned = tl.inline_asm_elementwise(asm, "=r,f,f", [even, odd], tl.int32, False, 1)
+        return tl.permute(tl.reshape(turned, [ROWS // 8, 8, N, 4]), (0, 2, 1, 3))
+    columns = tl.reshape(tl.join(even, odd), [ROWS // 8, 4, 2, N, 8]).to(tl.float16)
+    bits = columns.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    low, high = tl.split(tl.permute(bits, (0, 3, 4, 1, 2)))
+    return low | high << 16
+
+
+@triton.jit
+def radii_of_columns(words, FOLD: tl.constexpr, PTX: tl.constexpr):
+    """Radii of the values, int32 [P // 2] of two tokens each -> those that words of `turn_weights`
+    meet, int32 [P // FOLD // 8, 1, 8 or 1, 4]."""
+    M: tl.constexpr = words.shape[0] // (4 * FOLD)
+    if FOLD == 1:
+        radii = tl.permute(tl.reshape(words, [M // 2, 4, 2]), (0, 2, 1))
+        radii = tl.reshape(radii, [M, 1, 1, 4])
+    else:
+        rows = tl.permute(tl.reshape(words, [M // 2, 4, 2, 2]), (0, 2, 1, 3))
+        first, second = tl.split(tl.reshape(rows, [M, 1, 1, 4, 2]))
+        odd = (tl.arange(0, 8) % 2)[None, None, :, None]
+        if PTX:
+            first = tl.broadcast_to(first, [M, 1, 8, 4])
+            second = tl.broadcast_to(second, [M, 1, 8, 4])
+            pick = tl.broadcast_to(tl.where(odd == 1, 0x7632, 0x5410), [M, 1, 8, 4])
+            asm: tl.constexpr = "prmt.b32 $0, $1, $2, $3;"
+            radii = tl.inline_asm_elementwise(
+                asm, "=r,r,r,r", [first, second, pick], tl.int32, True, 1
+            )
+        else:
+            upper = (first >> 16 & 0xFFFF) | (second & -65536)
+            radii = tl.where(odd == 1, upper, (first & 0xFFFF) | second << 16)
+    return radii
+
+
+@triton.jit
+def turn_of(BAND: tl.constexpr, EACH: tl.constexpr):
+    """By how many bits words of radii are to be turned for bands from BAND on, one or one for the
+    even and one for the odd columns: int32 [1, 1, 8, 1]."""
+    band = BAND + (tl.arange(0, 8) % EACH)[None, None, :, None]
+    return (8 - 4 * band) & 31
 
 
 @triton.jit
@@ -155,8 +211,6 @@ def weights_of(pairs, radii, turn, CALIBRATED: tl.constexpr, PTX: tl.constexpr):
     radii  int32, of two tokens: 4-bit radii, of which a rotation by `turn` brings the wanted one to
            bit 8, where it reads as a float16 times 2**-14; or float16 ones, times `turn`
     """
-    M: tl.constexpr = pairs.shape[0]
-    N: tl.constexpr = pairs.shape[1]
     radii = tl.broadcast_to(radii, pairs.shape)
     turn = tl.broadcast_to(turn, pairs.shape)
     if PTX:
@@ -199,27 +253,24 @@ def in_order_of_tokens(low, high):
 
 
 @triton.jit
-def share_words(share, EVEN: tl.constexpr, ODD: tl.constexpr, PTX: tl.constexpr):
-    """share float32 [8, heads], of every eighth token -> int32 [2, heads // 4, 8, 4], laid out as
-    `turn_weights` does it.
+def share_words(even, odd, PTX: tl.constexpr):
+    """Shares of every eighth row, float32 [8, heads], for the even and the odd columns -> int32
+    [2, heads // 4, 8, 4], laid out as `turn_weights` does it.
 
-    Both halves of every word are as float16 the sum of two rows, times EVEN or ODD by column; the
-    words of a column hold all rows.
+    Both halves of every word are the sum of two rows as float16; the words of a column hold all.
     """
-    N: tl.constexpr = share.shape[1] // 4
+    N: tl.constexpr = even.shape[1] // 4
     if PTX:
         asm: tl.constexpr = (
             "{ .reg .b32 t, u; cvt.rn.f16x2.f32 t, $2, $1; "
             "movmatrix.sync.aligned.m8n8.trans.b16 t, t; "
             "prmt.b32 u, t, t, 0x1032; add.rn.f16x2 $0, t, u; }"
         )
-        words = tl.inline_asm_elementwise(
-            asm, "=r,f,f", [share * EVEN, share * ODD], tl.int32, False, 1
-        )
+        words = tl.inline_asm_elementwise(asm, "=r,f,f", [even, odd], tl.int32, False, 1)
         words = tl.permute(tl.reshape(words, [1, 8, N, 4]), (0, 2, 1, 3))
     else:
-        columns = tl.reshape(tl.join(share * EVEN, share * ODD), [1, 4, 2, N, 8])
-        first, second = tl.split(tl.permute(columns.to(tl.float16), (0, 3, 4, 1, 2)))
+        columns = tl.reshape(tl.join(even, odd), [1, 4, 2, N, 8]).to(tl.float16)
+        first, second = tl.split(tl.permute(columns, (0, 3, 4, 1, 2)))
         bits = (first + second).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         words = bits | bits << 16
     return tl.broadcast_to(words, [2, N, 8, 4])
@@ -245,12 +296,19 @@ def words_to_operand(words, PTX: tl.constexpr):
 
 
 @triton.jit
-def key_radius(words, B: tl.constexpr, CALIBRATED: tl.constexpr):
-    """int16 words -> float32 radii, calibrated ones times 2**-126."""
-    if CALIBRATED:
-        bits = (words.to(tl.int32) << (21 - 4 * B)) & 0x01E00000
-        return bits.to(tl.float32, bitcast=True)
-    return words.to(tl.float16, bitcast=True).to(tl.float32)
+def key_radii(words, B: tl.constexpr, FOLD: tl.constexpr, CALIBRATED: tl.constexpr):
+    """Radii of the rows' tokens -> float32 [FOLD * rows] in the order of `join_parts`, calibrated
+    ones times 2**-126. words: int16 of one token each, or int32 of two."""
+    if not CALIBRATED:
+        return words.to(tl.float16, bitcast=True).to(tl.float32)
+    bits = words.to(tl.int32)
+    radii = (bits << (21 - 4 * B)) & 0x01E00000
+    if FOLD == 2:
+        UP: tl.constexpr = 21 - 16 - 4 * B
+        second = (bits << UP if UP >= 0 else bits >> -UP) & 0x01E00000
+        both = tl.reshape(tl.join(radii, second), [words.shape[0] // 8, 8, 2])
+        radii = tl.reshape(tl.permute(both, (0, 2, 1)), [2 * words.shape[0]])
+    return radii.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -270,3 +328,12 @@ def twice(x):
     """[heads] -> [2 heads], in both columns of a head."""
     wide = tl.broadcast_to(x[:, None], [x.shape[0], 2])
     return tl.reshape(wide, [2 * x.shape[0]])
+
+
+@triton.jit
+def add_rows_of_tokens(sums, WORDS: tl.constexpr):
+    """[W, 2 heads], WORDS rows of either token, which count in its column -> [WORDS, heads]."""
+    parts = tl.reshape(sums, [sums.shape[0] // WORDS, WORDS, sums.shape[1] // 2, 2])
+    row = tl.arange(0, sums.shape[0] // WORDS)[:, None, None, None]
+    own = row == tl.arange(0, 2)[None, None, None, :]
+    return tl.sum(tl.sum(tl.where(own, parts, 0.0), 3), 0)
