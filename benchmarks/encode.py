@@ -33,8 +33,8 @@ from spherical_kernels.codec.frames import calibrated_frame
 from spherical_kernels.codec.pages import code_directions, decode_slices, read_radii
 from spherical_kernels.codec.patterns import PATTERNS
 from spherical_kernels.codec.slices import read_codes
+from spherical_kernels.encode.launch import NewTokens, encode_tokens, rotation_signs
 from spherical_kernels.encode.launch import Tuning as EncodeTuning
-from spherical_kernels.encode.launch import encode_tokens, rotation_signs
 from spherical_kernels.retier.launch import TUNING, Tuning, Turns, reencode_pages
 
 PAGE, LAYERS, HEADS, D = 64, 32, 8, 128
@@ -87,11 +87,12 @@ class Cache:
         layer: int,
         tuning: EncodeTuning | None = None,
     ) -> None:
-        encode_tokens(
+        new = NewTokens(
             self.arena.bytes, self.arena.page_blocks, loc, k, v, self.arena.places[0, layer],
             self.frames.centre[:, layer], self.signs, self.layout.block_bytes,
-            self.layout.side_layouts(0)[0], tuning,
+            self.layout.side_layouts(0)[0],
         )  # fmt: skip
+        encode_tokens(new, tuning)
 
     def reencode(self, old: int, pages: torch.Tensor, **options: Any) -> None:
         reencode_pages(

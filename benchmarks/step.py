@@ -30,7 +30,7 @@ from timing import kernel_us, replay_us
 
 from spherical_kernels.codec.frames import LayerFrames
 from spherical_kernels.decode.launch import run_decode
-from spherical_kernels.encode.launch import encode_tokens, rotation_signs
+from spherical_kernels.encode.launch import NewTokens, rotation_signs
 
 HIDDEN, WIDE, HEADS, KV_HEADS, HEAD_DIM = 4096, 14336, 32, 8, 128
 MODEL_LAYERS = 32  # of Llama-3.1-8B: how many layers a page holds
@@ -75,13 +75,13 @@ def ours(shape: Shape, layers: int, page_layers: int, kinds: list[str]) -> Atten
 
     def attend(layer: int) -> None:
         pages = batch.layers[layer % page_layers]
-        encode_tokens(
+        new = NewTokens(
             pages.arena, pages.page_blocks, loc, k, v, pages.places[0], centre, signs,
             pages.block_bytes, batch.kinds[0][0],
         )  # fmt: skip
         run_decode(
             decode.tables, batch.kinds, batch.q, pages, frames[layer], batch.scale,
-            decode.workspace, decode.out, decode.lse, after_encode=True,
+            decode.workspace, decode.out, decode.lse, new=new,
         )  # fmt: skip
 
     return attend
@@ -107,7 +107,7 @@ def measure(context: int, batch: int, args: argparse.Namespace) -> dict[str, Any
     attend = ours(shape, args.layers, args.page_layers, args.kinds.split(","))
     row["ours_us"] = added(attend)
     times = kernel_us(partial(products.run, attend))
-    names = ("encode_tokens_kernel", "frame_queries", "decode_pages", "merge_rows")
+    names = ("encode_and_frame", "decode_pages", "merge_rows")
     row["kernels_us"] = {name: times.get(name, 0.0) / args.layers for name in names}
     del attend
     for name in args.peers:

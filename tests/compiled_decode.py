@@ -80,19 +80,31 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from spherical_kernels.decode.ends import frame_queries, merge_rows
+from spherical_kernels.codec.patterns import PATTERNS
+from spherical_kernels.codec.slices import slice_layout
+from spherical_kernels.decode.ends import encode_and_frame, frame_queries, merge_rows
 from spherical_kernels.decode.launch import (
-    FRAME_ROWS, FRAME_WARPS, _tile, merge_constants, merge_warps,
+    FRAME_ROWS, FRAME_WARPS, _tile, first_constants, merge_constants, merge_warps,
 )
 
 head_dim, group, batch = json.loads(sys.argv[1])
 tile = _tile(head_dim, group) | {"PTX": True, "PDL": True}
+framing = {
+    "Q": "*bf16", "Channel": "*i32", "Weight": "*fp32", "Centre": "*fp32",
+    "Parts": "*i8", "Units": "*fp32", "Near": "*fp32", "batch": "i32", "q_row": "i32",
+    "kv_heads": "i32", "stride": "i32", "scale": "fp32",
+}
+encoding = {
+    "Arena": "*u8", "PageBlocks": "*i32", "Loc": "*i64", "K": "*bf16", "V": "*bf16",
+    "Places": "*i32", "HotCentre": "*fp32", "Signs": "*fp32", "num_tokens": "i32", "k_row": "i32",
+    "k_head": "i32", "v_row": "i32", "v_head": "i32", "centre_side": "i32", "block_bytes": "i32",
+}
 kernels = (
-    (frame_queries, FRAME_WARPS, {
-        "Q": "*bf16", "Channel": "*i32", "Weight": "*fp32", "Centre": "*fp32",
-        "Parts": "*i8", "Units": "*fp32", "Near": "*fp32", "batch": "i32", "q_row": "i32",
-        "kv_heads": "i32", "stride": "i32", "scale": "fp32",
-    }, {"ROWS": FRAME_ROWS}),
+    (frame_queries, FRAME_WARPS, framing, {"ROWS": FRAME_ROWS}),
+    (
+        encode_and_frame, FRAME_WARPS, encoding | framing | {"encoding": "i32"},
+        first_constants(slice_layout(PATTERNS[0], 64, head_dim), 2, 52, group),
+    ),
     (merge_rows, merge_warps(batch), {
         "Partial": "*fp32", "Lse": "*fp32", "ItemStart": "*i32",
         "HotItems": "*i32", "Channel": "*i32", "Weight": "*fp32", "Centre": "*fp32",

@@ -15,7 +15,7 @@ from sglang_spherical.attention.decode_plan import DecodeTables
 from sglang_spherical.pool.kv_pool import SphericalKVPool
 from spherical_kernels.decode.launch import LARGE_BATCH
 from spherical_kernels.device import compiling
-from spherical_kernels.encode.launch import SMALL_TOKENS, encode_tokens
+from spherical_kernels.encode.launch import SMALL_TOKENS, NewTokens, encode_tokens
 from spherical_kernels.extend.launch import (
     MULTIPROCESSORS,
     ExtendWorkspace,
@@ -49,7 +49,7 @@ def _decode(
     batch = 1
     while batch <= LARGE_BATCH:
         q = _empty(pool, dtype, batch, q_heads, pool.layout.head_dim)
-        tables.attend(0, q, 0.5, after_encode=True)
+        tables.attend(0, q, 0.5, _new_tokens(pool, dtype, batch))
         batch *= 2
 
 
@@ -57,15 +57,10 @@ def _extend(pool: SphericalKVPool, q_heads: int, dtype: torch.dtype) -> None:
     layout, arena = pool.layout, pool.arena
     entries = torch.empty(layout.kv_heads, 1, 2, dtype=torch.int64, device=arena.device)
     for tokens in (1, SMALL_TOKENS + 1):
-        q, k, v = (
-            _empty(pool, dtype, tokens, heads, layout.head_dim)
-            for heads in (q_heads, layout.kv_heads, layout.kv_heads)
-        )
-        loc = torch.empty(tokens, dtype=torch.int64, device=arena.device)
-        encode_tokens(
-            arena.bytes, arena.page_blocks, loc, k, v, arena.places[0, 0],
-            pool.frames.centre[:, 0], pool.signs, layout.block_bytes, layout.side_layouts(0)[0],
-        )  # fmt: skip
+        new = _new_tokens(pool, dtype, tokens)
+        encode_tokens(new)
+    q = _empty(pool, dtype, len(new.k), q_heads, layout.head_dim)
+    k, v = new.k, new.v
     tuning = tuning_for(layout.head_dim)
     for tiles in (1, MULTIPROCESSORS):  # few and many
         for present in ((0,), tuple(range(len(arena.kinds)))):
@@ -77,6 +72,14 @@ def _extend(pool: SphericalKVPool, q_heads: int, dtype: torch.dtype) -> None:
                 tables, q, k, v, arena.bytes, entries, arena.kind_levels[0], pool.layer_frames[0],
                 0.5, work,
             )  # fmt: skip
+
+
+def _new_tokens(pool: SphericalKVPool, dtype: torch.dtype, tokens: int) -> NewTokens:
+    """Without content."""
+    layout = pool.layout
+    k, v = (_empty(pool, dtype, tokens, layout.kv_heads, layout.head_dim) for _ in range(2))
+    loc = torch.empty(tokens, dtype=torch.int64, device=pool.arena.device)
+    return pool.new_tokens(0, loc, k, v)
 
 
 def _tables(

@@ -14,6 +14,7 @@ from spherical_kernels.decode.launch import (
     run_decode,
     wave_of,
 )
+from spherical_kernels.encode.launch import NewTokens
 from spherical_kernels.plan.launch import PlanTables, most_items, plan_pages
 
 FEWEST_PAGES = 4
@@ -68,14 +69,16 @@ class DecodeTables:
             self.wave,
         )  # fmt: skip
 
-    def attend(self, layer: int, q: torch.Tensor, scale: float, after_encode: bool) -> torch.Tensor:
+    def attend(
+        self, layer: int, q: torch.Tensor, scale: float, new: NewTokens | None
+    ) -> torch.Tensor:
         """Attention of q [batch, heads, d], heads contiguous, over everything planned; out like q,
-        contiguous. after_encode: whether the step's tokens were coded just before."""
+        contiguous. new: the step's tokens, where they are not in their pages yet."""
         out, batch = torch.empty(q.shape, dtype=q.dtype, device=q.device), len(q)
         run_decode(
             self.of_batch(batch), self.pool.arena.kinds, q, self.layers[layer],
             self.pool.layer_frames[layer], scale, self.workspace, out, self.lse[:batch],
-            after_encode=after_encode,
+            new=new,
         )  # fmt: skip
         return out
 

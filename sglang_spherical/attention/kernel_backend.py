@@ -82,13 +82,12 @@ class KernelAttnBackend(SphericalAttnBackend):
         **_: Any,
     ) -> torch.Tensor:
         """q [batch, q_heads * d], k and v [batch, kv_heads, d] -> [batch, q_heads * d]."""
-        if save_kv_cache:
-            self._write(layer, k, v, forward_batch)
         assert self.decode_tables is not None
-        queries = q.view(len(q), self.q_heads, layer.head_dim)
-        out = self.decode_tables.attend(
-            self._index(layer), queries, layer.scaling, after_encode=save_kv_cache
-        )
+        index, d, new = self._index(layer), layer.head_dim, None
+        if save_kv_cache:
+            k, v = k.view(-1, layer.tp_k_head_num, d), v.view(-1, layer.tp_k_head_num, d)
+            new = self.pool.new_tokens(index, forward_batch.out_cache_loc[: len(k)], k, v)
+        out = self.decode_tables.attend(index, q.view(len(q), self.q_heads, d), layer.scaling, new)
         return out.view(len(q), -1)
 
     def forward_extend(

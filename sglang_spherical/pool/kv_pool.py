@@ -21,7 +21,7 @@ from sglang_spherical.pool.order import DeviceOrder
 from sglang_spherical.pool.retier import lower_pages, recentre_pages
 from spherical_kernels.codec.pages import code_directions
 from spherical_kernels.codec.slices import pack_digits
-from spherical_kernels.encode.launch import encode_tokens, rotation_signs
+from spherical_kernels.encode.launch import NewTokens, encode_tokens, rotation_signs
 
 
 class SphericalKVPool(KVCache):
@@ -105,11 +105,7 @@ class SphericalKVPool(KVCache):
         loc = getattr(loc_info, "loc", loc_info)
         index = layer.layer_id - self.start_layer
         if self.kernels:
-            encode_tokens(
-                self.arena.bytes, self.arena.page_blocks, loc, cache_k, cache_v,
-                self._hot_places[index], self._centres[index], self.signs,
-                self.layout.block_bytes, self._hot_slices,
-            )  # fmt: skip
+            encode_tokens(self.new_tokens(index, loc, cache_k, cache_v))
             return
         pages, tokens = loc // self.page_size, loc % self.page_size
         _, addresses = self.arena.locate(pages, index)
@@ -121,6 +117,16 @@ class SphericalKVPool(KVCache):
             self.arena.write_tokens(
                 slices, addresses[..., side], tokens, rows, radii.squeeze(-1).half()
             )
+
+    def new_tokens(
+        self, index: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> NewTokens:
+        """Keys and values [n, kv_heads, d] for token locations [n] of the pool's layer `index`, as
+        its encoder takes them."""
+        return NewTokens(
+            self.arena.bytes, self.arena.page_blocks, loc, k, v, self._hot_places[index],
+            self._centres[index], self.signs, self.layout.block_bytes, self._hot_slices,
+        )  # fmt: skip
 
     def learns(self, layer: Any) -> bool:
         """Whether a prefill has anything to tell of a layer."""

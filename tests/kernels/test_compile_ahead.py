@@ -30,7 +30,7 @@ from spherical_kernels.extend.kernel import extend_pages
 from spherical_kernels.retier import kernel as retier
 
 KERNELS = (
-    ends.frame_queries, kernel.decode_pages, ends.merge_rows, encode_tokens_kernel,
+    ends.encode_and_frame, kernel.decode_pages, ends.merge_rows, encode_tokens_kernel,
     extend_ends.frame_rows, extend_ends.attend_new_rows, extend_ends.finish_rows, extend_pages,
     retier.reencode_slices, retier.copy_slices,
 )

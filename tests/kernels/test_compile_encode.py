@@ -55,7 +55,7 @@ types = {
 }
 for tuning in (SMALL_TUNING, TUNING):
     constants = kernel_constants(slice_layout(PATTERNS[pattern], 64, d))
-    constants = constants | {"H": 52, "ROWS": tuning.rows, "PDL": True}
+    constants = constants | {"H": 52, "ROWS": tuning.rows}
     usage(encode_tokens_kernel, types, constants, {"num_tokens"}, tuning.warps)
 """
 

@@ -9,7 +9,7 @@ from spherical_kernels.codec.frames import signed_hadamard
 from spherical_kernels.codec.pages import code_directions
 from spherical_kernels.codec.patterns import PATTERNS
 from spherical_kernels.codec.slices import SliceLayout, pack_digits, slice_layout
-from spherical_kernels.encode.launch import TUNING, encode_tokens, rotation_signs
+from spherical_kernels.encode.launch import TUNING, NewTokens, encode_tokens, rotation_signs
 from spherical_kernels.testing import POISON, poison
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,11 +36,12 @@ class Pages:
 
     def encode(self, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **tuning: object) -> None:
         arena = self.arena.to(DEVICE)
-        encode_tokens(
+        new = NewTokens(
             arena, self.page_blocks.to(DEVICE), loc.to(DEVICE), k.to(DEVICE), v.to(DEVICE),
             self.places.to(DEVICE), self.centre.to(DEVICE),
-            rotation_signs(self.rotation).to(DEVICE), self.block_bytes, self.layout, **tuning,
+            rotation_signs(self.rotation).to(DEVICE), self.block_bytes, self.layout,
         )  # fmt: skip
+        encode_tokens(new, **tuning)
         self.arena = arena.cpu()
 
     def address(self, page: int, head: int, side: int) -> int:

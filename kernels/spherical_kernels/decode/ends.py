@@ -1,10 +1,13 @@
 # mypy: ignore-errors
-"""Triton bodies before and after the pages: queries into the frames, items into one output."""
+"""Triton bodies before and after the pages: the step's tokens into their pages and its queries into
+the frames, items into one output."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from ..encode.kernel import encode_rows
 
 BANDS = tl.constexpr(4)  # of a calibrated frame
 QUERY_PEAK = tl.constexpr(16000.0)  # largest integer of a query: high part at most 125
@@ -62,8 +65,55 @@ def frame_queries(
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, HOT_BLOCK: tl.constexpr,
     BAND_BLOCK: tl.constexpr, ROWS: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Queries into a key frame and to integers: ROWS queries of one KV head and a frame by every
-    program.
+    """Queries into the key frames: ROWS queries of one KV head and a frame by every program."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    frame_rows(
+        Q, Channel, Weight, Centre, Parts, Units, Near, batch, q_row, kv_heads, stride, scale,
+        tl.program_id(0), D, DP, G, HOT_BLOCK, BAND_BLOCK, ROWS, PTX,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_tokens", "batch", "stride", "encoding"])
+def encode_and_frame(
+    Arena, PageBlocks, Loc, K, V, Places, HotCentre, Signs,
+    num_tokens, k_row, k_head, v_row, v_head, centre_side, block_bytes,
+    Q, Channel, Weight, Centre, Parts, Units, Near, batch, q_row, kv_heads, stride, scale, encoding,
+    D: tl.constexpr, CODED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    BITS: tl.constexpr, PAGE: tl.constexpr, RADII: tl.constexpr, TILE: tl.constexpr,
+    H: tl.constexpr, TOKENS: tl.constexpr,
+    DP: tl.constexpr, G: tl.constexpr, HOT_BLOCK: tl.constexpr, BAND_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The step's tokens into their pages by the first `encoding` programs, as
+    `encode_tokens_kernel` does it, and its queries into the frames by the others.
+
+    Neither waits for the other, and a launch that starts beside another one starts 1 us late.
+    """
+    if PDL:  # what comes next may start, and waits for the pages where it reads them
+        tl.extra.cuda.gdc_launch_dependents()
+    program = tl.program_id(0)
+    if program < encoding:
+        encode_rows(
+            Arena, PageBlocks, Loc, K, V, Places, HotCentre, Signs,
+            num_tokens, k_row, k_head, v_row, v_head, centre_side, block_bytes,
+            program // 2 // kv_heads, program // 2 % kv_heads, program % 2,
+            D, CODED, BLOCK, STAGES, BITS, PAGE, RADII, TILE, H, TOKENS,
+        )  # fmt: skip
+    else:
+        frame_rows(
+            Q, Channel, Weight, Centre, Parts, Units, Near, batch, q_row, kv_heads, stride, scale,
+            program - encoding, D, DP, G, HOT_BLOCK, BAND_BLOCK, ROWS, PTX,
+        )  # fmt: skip
+
+
+@triton.jit
+def frame_rows(
+    Q, Channel, Weight, Centre, Parts, Units, Near, batch, q_row, kv_heads, stride, scale, program,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, HOT_BLOCK: tl.constexpr,
+    BAND_BLOCK: tl.constexpr, ROWS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Queries into a key frame and to integers: ROWS queries of one KV head and a frame.
 
     Q       [batch, kv_heads * G, D], rows q_row apart; logits in base 2 are `scale` times q . k
     Channel int32, Weight float32 [2, kv_heads, D], picks of the key frames, whose rotations have
@@ -75,11 +125,9 @@ def frame_queries(
     Units   float32 [..., BANDS], what an integer of the band stands for, base 2; the same for all
             bands where the query has one unit
     """
-    head = tl.program_id(0) % kv_heads
-    of_frame = tl.program_id(1)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    m = tl.program_id(0) // kv_heads * ROWS + tl.arange(0, ROWS)
+    of_frame = program % 2
+    head = program // 2 % kv_heads
+    m = program // 2 // kv_heads * ROWS + tl.arange(0, ROWS)
     known = m < batch * G
     query = (m // G * kv_heads + head) * G + m % G
     row = Q + (m // G).to(tl.int64) * q_row + (head * G + m % G) * D
@@ -116,8 +164,6 @@ def frame_queries(
         first = stride + query
         store_integers(by_band, peak, Parts, Units, first, known, d, real, D)
         store_integers(by_band, highest, Parts, Units, first + stride, known, d, real, D)
-    if PDL:  # the step's tokens, which this did not need, are in their pages when this is done
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """Decode attention over codes on a GPU: planned once per batch (plan/), run once per layer.
 
-Three launches per layer: queries into the frames, one program per item and KV head, and the merge
-of the items with the way out of their frames. Nothing is allocated and nothing waits for the
-device, so that the launches can be captured. decode/reference.py says what is computed.
+Three launches per layer: queries into the frames, beside the step's tokens into their pages; one
+program per item and KV head; and the merge of the items with the way out of their frames. Nothing
+is allocated and nothing waits for the device, so that the launches can be captured.
+decode/reference.py says what is computed.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from ..codec.pages import GAUSSIAN_STEP
 from ..codec.patterns import BANDS, FrameKind
 from ..codec.slices import SliceLayout, Tile
 from ..device import Launch, has_dependent_launch, has_ptx, launch_options
+from ..encode.launch import NewTokens
+from ..encode.launch import kernel_constants as encode_constants
 from ..plan.launch import PlanTables
-from .ends import frame_queries, merge_rows
+from .ends import encode_and_frame, frame_queries, merge_rows
 from .kernel import decode_pages
 from .operands import SIGNS
 
@@ -158,7 +161,7 @@ def run_decode(
     out: torch.Tensor,
     lse: torch.Tensor,
     tuning: Tuning | None = None,
-    after_encode: bool = False,
+    new: NewTokens | None = None,
 ) -> None:
     """Attention of one layer over everything planned.
 
@@ -168,7 +171,7 @@ def run_decode(
     scale         the softmax scale
     out           [batch, heads, d] contiguous, and lse float32 [batch, heads] (natural log), are
                   written
-    after_encode  the stream's last launch was `encode_tokens`: the first one here starts beside it
+    new           the step's tokens, to be coded before their pages are read
     """
     batch, heads, d = q.shape
     kv_heads = frames.key_centre.shape[0]
@@ -182,11 +185,19 @@ def run_decode(
     tuning = tuning or tuning_for(kinds, group)
     pdl = has_dependent_launch(q.device)
     queries = workspace.parts, workspace.units
-    _frame_launch(d, group, has_ptx(q.device), pdl, after_encode)(
-        (-(-batch * group // FRAME_ROWS) * kv_heads, len(FRAMES), 1),
+    framing = (
         q, frames.key_picks.channel, frames.key_picks.weight, frames.key_centre, *queries,
         workspace.near, batch, q.stride(0), kv_heads, max_batch * heads, scale * LOG2_E,
     )  # fmt: skip
+    programs = -(-batch * group // FRAME_ROWS) * kv_heads * len(FRAMES)
+    if new is None:
+        _frame_launch(d, group, has_ptx(q.device), pdl)((programs, 1, 1), *framing)
+    else:
+        tokens, blocks = new.tuning.rows, new.page_blocks.shape[1]
+        encoding = -(-len(new.k) // tokens) * kv_heads * 2
+        _first_launch(new.layout, tokens, blocks, group, has_ptx(q.device), pdl)(
+            (encoding + programs, 1, 1), *new.arguments, *framing, encoding
+        )
     max_items, max_pages = len(tables.items), tables.pages.shape[1]
     _page_launch(kinds, group, tuning, has_ptx(q.device), pdl)(
         (kv_heads, max_items, -(-group // MOST_HEADS)),
@@ -210,11 +221,29 @@ def run_decode(
 
 
 @cache
-def _frame_launch(head_dim: int, group: int, ptx: bool, pdl: bool, after_encode: bool) -> Launch:
+def _frame_launch(head_dim: int, group: int, ptx: bool, pdl: bool) -> Launch:
     return Launch(
         frame_queries, **_tile(head_dim, group), ROWS=FRAME_ROWS, PTX=ptx, PDL=pdl,
-        num_warps=FRAME_WARPS, **launch_options(pdl and after_encode),
+        num_warps=FRAME_WARPS,
     )  # fmt: skip
+
+
+@cache
+def _first_launch(
+    layout: SliceLayout, tokens: int, blocks: int, group: int, ptx: bool, pdl: bool
+) -> Launch:
+    return Launch(
+        encode_and_frame, **first_constants(layout, tokens, blocks, group), PTX=ptx, PDL=pdl,
+        num_warps=FRAME_WARPS,
+    )  # fmt: skip
+
+
+@cache
+def first_constants(layout: SliceLayout, tokens: int, blocks: int, group: int) -> dict[str, int]:
+    """What `encode_and_frame` is specialised on, for programs of `tokens` tokens."""
+    coded = encode_constants(layout)
+    own = {"CODED": coded["DP"], "H": blocks, "TOKENS": tokens, "ROWS": FRAME_ROWS}
+    return coded | own | _tile(layout.head_dim, group)
 
 
 @cache

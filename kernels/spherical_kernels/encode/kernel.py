@@ -32,9 +32,26 @@ def encode_tokens_kernel(
     num_tokens, k_row, k_head, v_row, v_head, centre_side, block_bytes,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     BITS: tl.constexpr, PAGE: tl.constexpr, RADII: tl.constexpr, TILE: tl.constexpr,
-    H: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    H: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens of one KV head, keys or values, by every program.
+    """ROWS tokens of one KV head, keys or values, by every program."""
+    encode_rows(
+        Arena, PageBlocks, Loc, K, V, Places, Centre, Signs,
+        num_tokens, k_row, k_head, v_row, v_head, centre_side, block_bytes,
+        tl.program_id(0), tl.program_id(1), tl.program_id(2),
+        D, DP, BLOCK, STAGES, BITS, PAGE, RADII, TILE, H, ROWS,
+    )  # fmt: skip
+
+
+@triton.jit
+def encode_rows(
+    Arena, PageBlocks, Loc, K, V, Places, Centre, Signs,
+    num_tokens, k_row, k_head, v_row, v_head, centre_side, block_bytes, rows, head, side,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    BITS: tl.constexpr, PAGE: tl.constexpr, RADII: tl.constexpr, TILE: tl.constexpr,
+    H: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Tokens rows * ROWS to (rows + 1) * ROWS of one KV head, keys (side 0) or values.
 
     Arena       uint8, addresses inside it are multiples of 16
     PageBlocks  int32 [num_pages, H]; Loc int64 [num_tokens]
@@ -43,11 +60,7 @@ def encode_tokens_kernel(
     Centre      float32 [2, kv_heads, D], heads contiguous
     Signs       float32 [D], signs times the rotation's scale
     """
-    if PDL:  # what comes next may start, and waits for the pages where it reads them
-        tl.extra.cuda.gdc_launch_dependents()
-    head = tl.program_id(1)
-    side = tl.program_id(2)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = rows * ROWS + tl.arange(0, ROWS)
     real = row < num_tokens
     loc = tl.load(Loc + row, mask=real, other=0)
     page = loc // PAGE

@@ -15,7 +15,7 @@ import triton
 
 from ..codec.frames import hadamard, hadamard_block
 from ..codec.slices import SliceLayout
-from ..device import Launch, has_dependent_launch
+from ..device import Launch
 from .kernel import encode_tokens_kernel
 
 
@@ -50,63 +50,84 @@ def rotation_signs(rotation: torch.Tensor) -> torch.Tensor:
     return signs
 
 
-def encode_tokens(
-    arena: torch.Tensor,
-    page_blocks: torch.Tensor,
-    loc: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    places: torch.Tensor,
-    centre: torch.Tensor,
-    signs: torch.Tensor,
-    block_bytes: int,
-    layout: SliceLayout,
-    tuning: Tuning | None = None,
-) -> None:
-    """Codes k and v [n, kv_heads, d] (any float dtype) into the hot slices of one layer.
+@dataclass(frozen=True)
+class NewTokens:
+    """Keys and values of n tokens, and the hot slices of one layer that they belong into.
 
     arena        uint8, contiguous
     page_blocks  int32 [num_pages, H], blocks of every page
     loc          int64 [n], page * page_size + place; rows of one place all write, any of them wins
-    k, v         the last dimension contiguous, any other strides
+    k, v         [n, kv_heads, d], any float dtype; the last dimension contiguous, any other strides
     places       int32 [kv_heads, 2 (keys, values), 2 (block of the page, byte offset)]
     centre       float32 [2, kv_heads, d], contiguous but for the first dimension
     signs        float32 [d], of `rotation_signs`
+    block_bytes  of a block
     layout       of the hot slices, the same for keys and values
     """
-    n, kv_heads, d = k.shape
-    if layout.calibrated:
-        raise ValueError(f"layout: expected a hot pattern, got {layout.pattern.name}")
-    if v.shape != k.shape or d != layout.head_dim or k.stride(2) != 1 or v.stride(2) != 1:
-        raise ValueError(
-            f"k, v: expected [n, kv_heads, {layout.head_dim}], the last dimension contiguous, got "
-            f"{list(k.shape)} and {list(v.shape)}, strides {k.stride()} and {v.stride()}"
-        )
-    if places.shape != (kv_heads, 2, 2) or centre.shape != (2, kv_heads, d):
-        raise ValueError(
-            f"places, centre: expected [{kv_heads}, 2, 2] and [2, {kv_heads}, {d}], got "
-            f"{list(places.shape)} and {list(centre.shape)}"
-        )
-    if not centre[0].is_contiguous() or not places.is_contiguous():
-        raise ValueError(
-            "places, centre: expected contiguous tensors but for centre's first dimension, got "
-            f"strides {places.stride()} and {centre.stride()}"
-        )
+
+    arena: torch.Tensor
+    page_blocks: torch.Tensor
+    loc: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    places: torch.Tensor
+    centre: torch.Tensor
+    signs: torch.Tensor
+    block_bytes: int
+    layout: SliceLayout
+
+    def __post_init__(self) -> None:
+        _, kv_heads, d = self.k.shape
+        k, v, layout, places, centre = self.k, self.v, self.layout, self.places, self.centre
+        if layout.calibrated:
+            raise ValueError(f"layout: expected a hot pattern, got {layout.pattern.name}")
+        if v.shape != k.shape or d != layout.head_dim or k.stride(2) != 1 or v.stride(2) != 1:
+            raise ValueError(
+                f"k, v: expected [n, kv_heads, {layout.head_dim}], the last dimension contiguous, "
+                f"got {list(k.shape)} and {list(v.shape)}, strides {k.stride()} and {v.stride()}"
+            )
+        if places.shape != (kv_heads, 2, 2) or centre.shape != (2, kv_heads, d):
+            raise ValueError(
+                f"places, centre: expected [{kv_heads}, 2, 2] and [2, {kv_heads}, {d}], got "
+                f"{list(places.shape)} and {list(centre.shape)}"
+            )
+        if not centre[0].is_contiguous() or not places.is_contiguous():
+            raise ValueError(
+                "places, centre: expected contiguous tensors but for centre's first dimension, got "
+                f"strides {places.stride()} and {centre.stride()}"
+            )
+
+    @property
+    def arguments(self) -> tuple[torch.Tensor | int, ...]:
+        """The kernel's, in its order."""
+        k, v = self.k, self.v
+        return (
+            self.arena, self.page_blocks, self.loc, k, v, self.places, self.centre, self.signs,
+            len(k), k.stride(0), k.stride(1), v.stride(0), v.stride(1), self.centre.stride(0),
+            self.block_bytes,
+        )  # fmt: skip
+
+    @property
+    def tuning(self) -> Tuning:
+        """The measured one for so many tokens."""
+        return SMALL_TUNING if len(self.k) <= SMALL_TOKENS else TUNING
+
+
+def encode_tokens(tokens: NewTokens, tuning: Tuning | None = None) -> None:
+    """Codes new tokens into their pages."""
+    n, kv_heads, _ = tokens.k.shape
     if n == 0:
         return
-    if tuning is None:
-        tuning = SMALL_TUNING if n <= SMALL_TOKENS else TUNING
-    _launch(layout, tuning, page_blocks.shape[1], has_dependent_launch(arena.device))(
-        (-(-n // tuning.rows), kv_heads, 2),
-        arena, page_blocks, loc, k, v, places, centre, signs,
-        n, k.stride(0), k.stride(1), v.stride(0), v.stride(1), centre.stride(0), block_bytes,
-    )  # fmt: skip
+    tuning = tuning or tokens.tuning
+    _launch(tokens.layout, tuning, tokens.page_blocks.shape[1])(
+        (-(-n // tuning.rows), kv_heads, 2), *tokens.arguments
+    )
 
 
 @cache
-def _launch(layout: SliceLayout, tuning: Tuning, blocks: int, pdl: bool) -> Launch:
+def _launch(layout: SliceLayout, tuning: Tuning, blocks: int) -> Launch:
     return Launch(
-        encode_tokens_kernel, **kernel_constants(layout), H=blocks, ROWS=tuning.rows, PDL=pdl,
+        encode_tokens_kernel, **kernel_constants(layout), H=blocks, ROWS=tuning.rows,
         num_warps=tuning.warps,
     )  # fmt: skip
 
