@@ -19,7 +19,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,12 @@ from spherical_kernels.codec.slices import CENTROID, UNIT, SliceLayout, slice_la
 from spherical_kernels.decode.reference import CodedSide, attend_entries, empty_state
 from spherical_kernels.extend.launch import (
     FRAMES,
+    HOPPER_TUNING,
     MULTIPROCESSORS,
-    TUNING,
     ExtendWorkspace,
     Tuning,
     run_extend,
+    tuning_for,
 )
 from spherical_kernels.extend.tables import ExtendTables, build_tables, locate_entries
 from spherical_kernels.testing import assert_close
@@ -76,6 +77,9 @@ CANDIDATES = (
     Tuning(tile_rows=64, warps=4, stages=6, programs=3, registers=168),
     Tuning(tile_rows=128, warps=8, stages=6, programs=1),
     Tuning(tile_rows=128, warps=4, stages=6, programs=2),
+    HOPPER_TUNING,
+    replace(HOPPER_TUNING, stages=3),
+    replace(HOPPER_TUNING, stages=5),
 )
 
 
@@ -114,7 +118,7 @@ class Batch:
         self.page_blocks = torch.randperm(pages, device="cuda").int().unsqueeze(1)
         size = pages * self.block_bytes
         self.arena = torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda")
-        self.tables = self.tables_for(Tuning(64, 4, 3, 1))
+        self.tables = self.tables_for(CANDIDATES[0])
         self.entries = self.locate()
         for kind, pair in enumerate(self.kinds):
             at = (self.tables.page_levels == kind).nonzero().squeeze(1)
@@ -272,7 +276,7 @@ def measure(name: str, shape: Shape, sweeps: dict[str, Any] | None) -> dict[str,
         best = {key: value for key, value in sweeps[name][0].items() if key != "us"}
         tuning = Tuning(**best)
     else:
-        tuning = TUNING
+        tuning = tuning_for(shape.head_dim, PAGE, batch.q.device)
     row: dict[str, Any] = {"name": name, "shape": asdict(shape), "tuning": asdict(tuning)}
     run = batch.runner(tuning)
     row["max_error"], row["rms_error"] = batch.check(*run())

@@ -13,6 +13,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+SHARED_BYTES = 227 << 10
+"""Shared memory that a program may have on Hopper."""
+
 Launched = tuple[tuple[int, ...], int, list[Any]]
 """Grid, binary and arguments, tensors as their addresses."""
 

@@ -87,6 +87,12 @@ def has_dependent_launch(device: torch.device) -> bool:
     return has_ptx(device) and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@cache
+def has_wgmma(device: torch.device) -> bool:
+    """Whether it has the products of warpgroups, which only Hopper has."""
+    return has_ptx(device) and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def launch_options(dependent: bool) -> dict[str, Any]:
     """Arguments of a launch that may start early."""
     return {"launch_pdl": True} if dependent else {}

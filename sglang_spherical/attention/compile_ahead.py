@@ -61,7 +61,7 @@ def _extend(pool: SphericalKVPool, q_heads: int, dtype: torch.dtype) -> None:
         encode_tokens(new)
     q = _empty(pool, dtype, len(new.k), q_heads, layout.head_dim)
     k, v = new.k, new.v
-    tuning = tuning_for(layout.head_dim)
+    tuning = tuning_for(layout.head_dim, layout.page_size, arena.device)
     for tiles in (1, MULTIPROCESSORS):  # few and many
         for present in ((0,), tuple(range(len(arena.kinds)))):
             tables = _tables(pool, len(q), tiles, present, tuning.tile_rows)

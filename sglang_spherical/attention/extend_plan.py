@@ -57,7 +57,7 @@ class ExtendPlan:
     def _prepare(self, group: int) -> None:
         layout, arena = self.pool.layout, self.pool.arena
         self._group, self._entries = group, None
-        tuning = tuning_for(layout.head_dim)
+        tuning = tuning_for(layout.head_dim, layout.page_size, arena.device)
         self.tables = build_tables(
             self.req_to_token, self.slots, arena.page_level, self.prefixes, self.lengths,
             page_size=layout.page_size, group=group, levels=len(layout.levels),

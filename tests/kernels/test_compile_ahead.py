@@ -16,35 +16,38 @@ import triton
 
 import spherical_kernels.device as device
 
-device.has_ptx = device.has_dependent_launch = lambda _: True
+device.has_ptx = device.has_dependent_launch = device.has_wgmma = lambda _: True
 
 
 import backend_tools
 import fake_gpu
+import loop_carries
 from backend_tools import GROUP, HEADS, Prompt, Runner
 from sglang_spherical.attention.compile_ahead import compile_kernels
 from spherical_kernels.decode import ends, kernel
 from spherical_kernels.encode.kernel import encode_tokens_kernel
 from spherical_kernels.extend import ends as extend_ends
+from spherical_kernels.extend.hopper import extend_pages_hopper
 from spherical_kernels.extend.kernel import extend_pages
 from spherical_kernels.retier import kernel as retier
 
 KERNELS = (
     ends.encode_and_frame, kernel.decode_pages, ends.merge_rows, encode_tokens_kernel,
-    extend_ends.frame_rows, extend_ends.attend_new_rows, extend_ends.finish_rows, extend_pages,
-    retier.reencode_slices, retier.copy_slices,
+    extend_ends.frame_rows, extend_ends.attend_new_rows, extend_ends.finish_rows,
+    extend_pages, extend_pages_hopper, retier.reencode_slices, retier.copy_slices,
 )
 
 
 fake_gpu.use()
+loop_carries.refuse_lost_carries()
 
 
 def compiled():
     return {(k.fn.__name__, key) for k in KERNELS for key in k.device_caches[0][0]}
 
 
-# the smallest head dimension and page that a GPU serves
-backend_tools.DIM, backend_tools.PAGE = 64, 32
+# the smallest head dimension that a GPU serves, and pages that Hopper's kernel reads
+backend_tools.DIM, backend_tools.PAGE = 64, 64
 runner = Runner(dtype=torch.bfloat16, kernels=True)
 pool = runner.pool
 ones = torch.ones_like(pool.frames.centre)
@@ -74,5 +77,5 @@ def test_serving_asks_for_nothing_else() -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     at_start, later = done.stdout.splitlines()[-2:]
-    assert at_start.count("'") == 2 * 10, at_start
+    assert at_start.count("'") == 2 * 10, at_start  # one kernel that reads pages to extend
     assert later == "[]"

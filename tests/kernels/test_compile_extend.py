@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from fake_gpu import SHARED_BYTES
 
 SCRIPT = """
 import re
@@ -20,6 +21,7 @@ from subprocess import run
 from tempfile import TemporaryDirectory
 
 import triton
+from loop_carries import refuse_lost_carries
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -31,6 +33,7 @@ from spherical_kernels.extend.launch import (
 )
 from spherical_kernels.extend.new_tokens import new_rows_constants
 
+refuse_lost_carries()
 name, dtype, keys, values, d, page = *sys.argv[1:3], *map(int, sys.argv[3:])
 keys, values = (slice_layout(PATTERNS[i], page, d) for i in (keys, values))
 tuning = tuning_for(d)
@@ -92,10 +95,6 @@ if name == "extend_pages":  # a few registers may wait in memory around the loop
 print("products", sum("HGMMA" in line for line in lines))
 print("spills", sum("STL" in line or "LDL" in line for line in lines))
 """
-
-
-SHARED_BYTES = 227 << 10
-"""That a program may have on Hopper."""
 
 
 @pytest.mark.parametrize(

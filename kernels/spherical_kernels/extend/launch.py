@@ -9,22 +9,26 @@ decode/reference.py and reference.py say what is computed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+import triton
 
 from ..codec.frames import LayerFrames
 from ..codec.pages import GAUSSIAN_STEP
 from ..codec.patterns import FrameKind
 from ..codec.slices import SliceLayout
-from ..device import Launch, has_dependent_launch, has_ptx, launch_options
+from ..device import Launch, has_dependent_launch, has_ptx, has_wgmma, launch_options
 from .ends import finish_rows, frame_rows
 from .kernel import extend_pages
 from .new_tokens import LOG2_E, attend_new_tokens, columns_of
 from .tables import ExtendTables
+
+logger = logging.getLogger(__name__)
 
 SHRUNK, UNITS = 8.0, 4096.0  # of operands (kernel.py)
 _FRAME_ROWS = 64
@@ -49,6 +53,8 @@ class Tuning:
                when the one before it is done
     programs   per multiprocessor at once
     registers  at most, per thread; None leaves it to the compiler
+    hopper     whether the main kernel is hopper.py's, for which tile_rows, warps (of each role) and
+               programs are as in HOPPER_TUNING
     """
 
     tile_rows: int
@@ -56,6 +62,7 @@ class Tuning:
     stages: int
     programs: int
     registers: int | None = None
+    hopper: bool = False
 
 
 TUNING = Tuning(tile_rows=64, warps=4, stages=6, programs=2)
@@ -65,12 +72,35 @@ WIDE_TUNING = Tuning(tile_rows=128, warps=8, stages=6, programs=1)
 """For head dimensions above 128: pages fill most of a multiprocessor's shared memory, so that the
 warps of its one program share them. Chosen by what the compiler says, not measured."""
 
+HOPPER_TUNING = Tuning(tile_rows=128, warps=4, stages=4, programs=1, hopper=True)
+"""Where `hopper_serves`. A multiprocessor's registers and shared memory are its one program's."""
+
+HOPPER_TRITON = "3.6."
+"""Releases that hopper.py is written for: Gluon is experimental, and 3.7 has other names."""
+
 MULTIPROCESSORS = 132
 """Of the GPU that the tuning is for."""
 
 
-def tuning_for(head_dim: int) -> Tuning:
+def tuning_for(
+    head_dim: int, page_size: int | None = None, device: torch.device | None = None
+) -> Tuning:
+    """Without page size and device: what runs everywhere."""
+    if page_size is not None and device is not None and hopper_serves(head_dim, page_size, device):
+        return HOPPER_TUNING
     return TUNING if head_dim <= 128 else WIDE_TUNING
+
+
+@cache
+def hopper_serves(head_dim: int, page_size: int, device: torch.device) -> bool:
+    """Whether hopper.py's kernel reads such pages; everything else is kernel.py's."""
+    if page_size != 64 or head_dim not in (64, 128) or not has_wgmma(device):
+        return False
+    fits = triton.__version__.startswith(HOPPER_TRITON)
+    if not fits:
+        message = "Triton %s: prefills use the kernel for all GPUs; Hopper's faster one needs %sx"
+        logger.warning(message, triton.__version__, HOPPER_TRITON)
+    return fits
 
 
 @dataclass(frozen=True)
@@ -253,6 +283,14 @@ def _page_launch(
     kinds: tuple[Kind, ...], kind: int, levels: int, group: int, rows: int, tuning: Tuning,
     ptx: bool, pdl: bool,
 ) -> Launch:  # fmt: skip
+    if tuning.hopper:
+        from .hopper import extend_pages_hopper  # other Triton releases may not import it
+
+        return Launch(
+            extend_pages_hopper, **kernel_constants(*kinds[kind], group), M=rows, KIND=kind,
+            LEVELS=levels, STAGES=tuning.stages, PDL=pdl, num_warps=tuning.warps,
+            **launch_options(pdl),
+        )  # fmt: skip
     return Launch(
         extend_pages, **kernel_constants(*kinds[kind], group), M=rows, KIND=kind, LEVELS=levels,
         STAGES=tuning.stages, PTX=ptx, PDL=pdl, num_warps=tuning.warps, maxnreg=tuning.registers,

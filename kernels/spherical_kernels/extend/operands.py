@@ -14,8 +14,10 @@ SMALLEST = tl.constexpr(2.0**-24)  # unit that a slice without spread is given
 
 
 @triton.constexpr_function
-def unpack_asm(bands, index_of_band):
-    """PTX: word of every digit, factor, and what to add -> low and high lane, level * factor."""
+def unpack_asm(bands, index_of_band, packed=False):
+    """PTX: word of every digit, factor, and what to add -> low and high lane, level * factor; as
+    one 32-bit register if `packed`."""
+    outputs = 1 if packed else 2
     band = bands[index_of_band]
     place = band[0]
     digits = 2 if band[9] else 1
@@ -24,21 +26,22 @@ def unpack_asm(bands, index_of_band):
         shift, bits = band[4 + 4 * index], band[5 + 4 * index]
         target = place + band[6 + 4 * index]
         mask = (((1 << bits) - 1) << target) * 0x10001
-        source = f"${index + 2}"
+        source = f"${index + outputs}"
         if shift != target:
             move = "shr.b32" if shift > target else "shl.b32"
             lines.append(f"{move} u, {source}, {abs(shift - target)};")
             source = "u"
         lines.append(f"and.b32 u, {source}, {mask};")
         lines.append("or.b32 t, t, u;" if index else "mov.b32 t, u;")
-    factor, second = f"${digits + 2}", f"${digits + 3}"
+    factor, second = f"${digits + outputs}", f"${digits + outputs + 1}"
     if band[11]:
         lines.append(f"fma.rn.f16x2 t, t, {factor}, {second};")
     else:
         one = float16_bits(2.0**15) * 0x10001
         lines.append(f"mov.b32 u, {one}; fma.rn.f16x2 t, t, u, {second};")
         lines.append(f"mul.rn.f16x2 t, t, {factor};")
-    return "{ .reg .b32 t, u; " + " ".join(lines) + " mov.b32 {$0, $1}, t; }"
+    target = "$0" if packed else "{$0, $1}"
+    return "{ .reg .b32 t, u; " + " ".join(lines) + f" mov.b32 {target}, t; }}"
 
 
 @triton.constexpr_function
