@@ -146,7 +146,7 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):
         self.free_tokens -= count * more
         with self.pool.order.after_forwards(pages, originals, taken):
             table = self.pool.arena.page_blocks
-            left = torch.cat((table[pages, :owned], taken.view(count, -1)), 1)
+            left = torch.cat((table[pages, :owned], taken.view(count, whole - owned)), 1)
             table[pages] = table[originals]
             table[originals] = left
             self.pool.arena.set_level(pages, 0)

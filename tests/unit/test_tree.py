@@ -682,6 +682,18 @@ def test_hot_originals_replace_what_is_colder_than_the_budget() -> None:
     cache.check()
 
 
+def test_a_promotion_without_memory_moves_nothing() -> None:
+    cache = Cache(recent=0, pages=20)
+    ready_frames_like_content(cache)
+    cached, originals = (cache.allocator.alloc(2 * PAGE)[::PAGE] // PAGE for _ in range(2))
+    cache.allocator.lower(cached, 0, COLD)
+    before = cache.pool.arena.page_blocks.clone()
+    while cache.allocator.available_size() >= PAGE - COST[COLD]:
+        cache.allocator.free_tokens -= 1
+    assert cache.allocator.promote(cached, COLD, originals) == 0
+    assert torch.equal(cache.pool.arena.page_blocks, before)
+
+
 def test_a_promotion_takes_no_more_memory_than_is_free() -> None:
     cache = Cache(recent=0, pages=20, settle_pages=1)
     ready_frames_like_content(cache)
