@@ -103,7 +103,7 @@ kernels = (
     (frame_queries, FRAME_WARPS, framing, {"ROWS": FRAME_ROWS}),
     (
         encode_and_frame, FRAME_WARPS, encoding | framing | {"encoding": "i32"},
-        first_constants(slice_layout(PATTERNS[0], 64, head_dim), 2, 52, group),
+        first_constants(slice_layout(PATTERNS[0], 64, head_dim), 52, group),
     ),
     (merge_rows, merge_warps(batch), {
         "Partial": "*fp32", "Lse": "*fp32", "ItemStart": "*i32",

@@ -21,7 +21,7 @@ from ..codec.pages import GAUSSIAN_STEP
 from ..codec.patterns import BANDS, FrameKind
 from ..codec.slices import SliceLayout, Tile
 from ..device import Launch, has_dependent_launch, has_ptx, launch_options
-from ..encode.launch import NewTokens
+from ..encode.launch import SMALL_TUNING, NewTokens
 from ..encode.launch import kernel_constants as encode_constants
 from ..plan.launch import PlanTables
 from .ends import encode_and_frame, frame_queries, merge_rows
@@ -193,9 +193,9 @@ def run_decode(
     if new is None:
         _frame_launch(d, group, has_ptx(q.device), pdl)((programs, 1, 1), *framing)
     else:
-        tokens, blocks = new.tuning.rows, new.page_blocks.shape[1]
-        encoding = -(-len(new.k) // tokens) * kv_heads * 2
-        _first_launch(new.layout, tokens, blocks, group, has_ptx(q.device), pdl)(
+        encoding = -(-len(new.k) // SMALL_TUNING.rows) * kv_heads * 2
+        blocks = new.page_blocks.shape[1]
+        _first_launch(new.layout, blocks, group, has_ptx(q.device), pdl)(
             (encoding + programs, 1, 1), *new.arguments, *framing, encoding
         )
     max_items, max_pages = len(tables.items), tables.pages.shape[1]
@@ -229,20 +229,18 @@ def _frame_launch(head_dim: int, group: int, ptx: bool, pdl: bool) -> Launch:
 
 
 @cache
-def _first_launch(
-    layout: SliceLayout, tokens: int, blocks: int, group: int, ptx: bool, pdl: bool
-) -> Launch:
+def _first_launch(layout: SliceLayout, blocks: int, group: int, ptx: bool, pdl: bool) -> Launch:
     return Launch(
-        encode_and_frame, **first_constants(layout, tokens, blocks, group), PTX=ptx, PDL=pdl,
+        encode_and_frame, **first_constants(layout, blocks, group), PTX=ptx, PDL=pdl,
         num_warps=FRAME_WARPS,
     )  # fmt: skip
 
 
 @cache
-def first_constants(layout: SliceLayout, tokens: int, blocks: int, group: int) -> dict[str, int]:
-    """What `encode_and_frame` is specialised on, for programs of `tokens` tokens."""
+def first_constants(layout: SliceLayout, blocks: int, group: int) -> dict[str, int]:
+    """What `encode_and_frame` is specialised on: both of its parts take one warp a program."""
     coded = encode_constants(layout)
-    own = {"CODED": coded["DP"], "H": blocks, "TOKENS": tokens, "ROWS": FRAME_ROWS}
+    own = {"CODED": coded["DP"], "H": blocks, "TOKENS": SMALL_TUNING.rows, "ROWS": FRAME_ROWS}
     return coded | own | _tile(layout.head_dim, group)
 
 

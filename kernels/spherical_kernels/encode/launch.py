@@ -107,18 +107,14 @@ class NewTokens:
             self.block_bytes,
         )  # fmt: skip
 
-    @property
-    def tuning(self) -> Tuning:
-        """The measured one for so many tokens."""
-        return SMALL_TUNING if len(self.k) <= SMALL_TOKENS else TUNING
-
 
 def encode_tokens(tokens: NewTokens, tuning: Tuning | None = None) -> None:
     """Codes new tokens into their pages."""
     n, kv_heads, _ = tokens.k.shape
     if n == 0:
         return
-    tuning = tuning or tokens.tuning
+    if tuning is None:
+        tuning = SMALL_TUNING if n <= SMALL_TOKENS else TUNING
     _launch(tokens.layout, tuning, tokens.page_blocks.shape[1])(
         (-(-n // tuning.rows), kv_heads, 2), *tokens.arguments
     )
