@@ -17,9 +17,8 @@ import torch
 import triton
 
 from ..codec.frames import LayerFrames, hadamard_block
-from ..codec.pages import GAUSSIAN_STEP
 from ..codec.patterns import BANDS, FrameKind
-from ..codec.slices import SliceLayout, Tile
+from ..codec.slices import SliceLayout
 from ..device import Launch, has_dependent_launch, has_ptx, launch_options
 from ..encode.launch import SMALL_TUNING, NewTokens
 from ..encode.launch import kernel_constants as encode_constants
@@ -27,6 +26,7 @@ from ..plan.launch import PlanTables
 from .ends import encode_and_frame, frame_queries, merge_rows
 from .kernel import decode_pages
 from .operands import SIGNS
+from .tables import key_tables, value_tables
 
 FRAMES = (FrameKind.HOT, FrameKind.CALIBRATED)
 """Order of the frames in every table."""
@@ -54,11 +54,6 @@ FEWEST_ROWS = 16
 
 FRAME_ROWS, FRAME_WARPS = 4, 1
 """Queries of a program of `frame_queries`, and its warps."""
-
-SHARED_COLUMNS = 4
-"""Of an operand of the values' centroid."""
-
-_OPERAND_BITS = 10  # a float16 is linear in its low 10 bits
 
 Kind = tuple[SliceLayout, SliceLayout]
 """Layouts of the keys and of the values of a page."""
@@ -317,7 +312,7 @@ def _constants(keys: SliceLayout, values: SliceLayout, tuning: Tuning) -> tuple[
     value_tiles = tuple(
         (tile.offset_bytes // 2, fold * tile.row_bytes // 2) for tile in values.tiles
     )
-    *value_tables, centroid_words = _value_tables(values, fold)
+    *sums, centroid_words = value_tables(values, fold)
     key_row = max(32, _power_of_two(keys.band_width))
     value_row = max(16, _power_of_two(max(words for _, words in value_tiles)))
     # what a page takes in shared memory: padded tiles, radii, centroids
@@ -329,95 +324,8 @@ def _constants(keys: SliceLayout, values: SliceLayout, tuning: Tuning) -> tuple[
     if any(tile.runs > 1 for tile in keys.tiles):  # these codes change lanes through shared memory
         room -= keys.page_size * key_row
     return (
-        keys.calibrated, keys.radii_offset_bytes // 2, key_row, value_row, *_key_tables(keys),
-        value_tiles, *value_tables, min(tuning.stages, max(2, 1 + room // page)),
+        keys.calibrated, keys.radii_offset_bytes // 2, key_row, value_row, *key_tables(keys),
+        value_tiles, *sums, min(tuning.stages, max(2, 1 + room // page)),
         fold,
         centroid_words,
     )  # fmt: skip
-
-
-def _key_tables(layout: SliceLayout) -> tuple[Any, ...]:
-    """KT, KD and KB as kernel.py describes them."""
-    tiles, digits, bands = [], [], []
-    places = _places(layout, 8)
-    flipped = dict.fromkeys(range(layout.bands), 0)
-    for index, tile in enumerate(layout.tiles):
-        run_bits = tile.digits[0].bits if tile.runs > 1 else 0
-        tiles.append((tile.offset_bytes, tile.row_bytes, run_bits))
-        for digit in tile.digits:
-            place = places[digit.band] + digit.code_shift
-            digits.append((index, digit.band, digit.byte_shift, digit.bits, place))
-            flipped[digit.band] += 128 if place + digit.bits == 8 else 0
-    for band, bits in enumerate(layout.pattern.bits):
-        place = places.get(band, 0)
-        step = _step(layout, bits)
-        bands.append((place, (2**bits - 1) / 2 * 2**place - flipped[band], step))
-    return tuple(tiles), tuple(digits), tuple(bands)
-
-
-def _value_tables(layout: SliceLayout, fold: int) -> tuple[Any, ...]:
-    """VP, VD, VB and VC as kernel.py describes them."""
-    places = _places(layout, _OPERAND_BITS)
-    parts: list[tuple[int, int, int, int]] = []
-    columns: list[tuple[int, list[int]]] = []
-    less: dict[int, int] = {}
-    digits = []
-    for index, tile in enumerate(layout.tiles):
-        whole = fold == 1 and _is_whole(layout, tile)
-        words = tile.row_bytes // 2
-        for digit in tile.digits:
-            for run in range(tile.runs):
-                first = digit.band * layout.band_width + run * tile.row_bytes
-                column = _column(columns, words, first // 2)
-                for half in (0, 1):
-                    part = digit.band, first + half, words, column
-                    if part not in parts:
-                        parts.append(part)
-                    shift = digit.byte_shift + run * digit.bits + 8 * half
-                    place = places[digit.band] + digit.code_shift
-                    if whole and digit.byte_shift:
-                        less[len(parts) - 1] = len(parts) + 1
-                        digits.append((index, len(parts) - 1, 8 * half, 8, 0))
-                    else:
-                        digits.append((index, parts.index(part), shift, digit.bits, place))
-    bands = []
-    for band, bits in enumerate(layout.pattern.bits):
-        unit = 2.0 ** (places.get(band, 0) - 24)
-        bands.append(((2**bits - 1) / 2 * unit, _step(layout, bits) / unit if bits else 0.0))
-    with_less = tuple((*part[:3], less.get(i, -1), part[3]) for i, part in enumerate(parts))
-    return with_less, tuple(digits), tuple(bands), tuple((n, *of) for n, of in columns)
-
-
-def _column(columns: list[tuple[int, list[int]]], words: int, first: int) -> int:
-    """The place of a column of the centroid's operands, which have up to `SHARED_COLUMNS` each."""
-    for index, (its_words, its_firsts) in enumerate(columns):
-        if its_words == words and first in its_firsts:
-            return index * SHARED_COLUMNS + its_firsts.index(first)
-    if not columns or columns[-1][0] != words or len(columns[-1][1]) == SHARED_COLUMNS:
-        columns.append((words, []))
-    columns[-1][1].append(first)
-    return (len(columns) - 1) * SHARED_COLUMNS + len(columns[-1][1]) - 1
-
-
-def _is_whole(layout: SliceLayout, tile: Tile) -> bool:
-    """Whether bytes are operands as they are: two codes of bands that share columns, of which the
-    lower one's sum is taken off at the end."""
-    bands = [digit.band for digit in tile.digits]
-    single = all(digit.bits == layout.pattern.bits[digit.band] == 4 for digit in tile.digits)
-    return len(bands) == 2 and single and bands[0] // 2 == bands[1] // 2
-
-
-def _step(layout: SliceLayout, bits: int) -> float:
-    return GAUSSIAN_STEP[bits] if layout.calibrated else 1.0
-
-
-def _places(layout: SliceLayout, operand_bits: int) -> dict[int, int]:
-    """Bit at which each band's codes lie in the operand: where most digits need no shift."""
-    places = {}
-    for tile in layout.tiles:
-        for digit in tile.digits:
-            if digit.code_shift == 0:
-                room = operand_bits - layout.pattern.bits[digit.band]
-                runs = operand_bits == 8 and tile.runs > 1
-                places[digit.band] = 0 if runs else min(digit.byte_shift, room)
-    return places
