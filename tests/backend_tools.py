@@ -8,6 +8,7 @@ import torch
 from cache_tools import Layer, normal, read_pages, tiny_pool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+from sglang_spherical.attention import decode_plan
 from sglang_spherical.attention.backend import SphericalAttnBackend
 from sglang_spherical.attention.kernel_backend import KernelAttnBackend
 from sglang_spherical.pool.allocator import SphericalAllocator
@@ -16,6 +17,9 @@ from spherical_kernels.testing import poison
 
 PAGE, DIM = (32, 64) if torch.cuda.is_available() else (16, 32)  # a GPU serves nothing smaller
 LAYERS, HEADS, GROUP = 2, 2, 2
+if not torch.cuda.is_available():
+    # a plan for few multiprocessors: interpreted programs take their time, those without pages too
+    decode_plan.MULTIPROCESSORS = 4
 LONGEST = 13 * PAGE
 
 
