@@ -8,6 +8,7 @@ process group that this call created.
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import socket
@@ -98,11 +99,17 @@ def launch(
                 log.unlink(missing_ok=True)
 
 
+PORTS = 20000, 32000
+"""That `free_port` chooses among."""
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Below those that the system gives to connections: a server binds its port long after this."""
+    while True:
+        port = random.SystemRandom().randrange(*PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((HOST, port))
+            return port
 
 
 def has_gpu() -> bool:
