@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-COLOURS = {"spherical": "tab:blue", "bf16": "tab:gray", "fp8": "tab:orange"}
+COLOURS = {"spherical": "tab:blue", "hot": "tab:red", "bf16": "tab:gray", "fp8": "tab:orange"}
 TIER_MAP = "plasma"
 
 

@@ -42,7 +42,7 @@ from capacity import dense_bytes_per_token
 from client import TIMEOUT_SECONDS, command, save
 from serve import LLAMA_8B
 from sharing_report import plot, table
-from sharing_servers import SERVERS, flags, server_info, start, start_together
+from sharing_servers import SERVERS, SPHERICAL, flags, server_info, start, start_together
 from sharing_workload import WORKLOADS, Limitless, Shape, Source, Workload, read_text
 from tqdm import tqdm
 
@@ -244,7 +244,7 @@ def serve(
 ) -> Iterator[Cell]:
     """All cells of a server, as they come."""
     args.prefill_tokens = server_info(server.url)["chunked_prefill_size"]
-    if name == "spherical" and server.banner() is None:
+    if name in SPHERICAL and server.banner() is None:
         raise ServerFailed("the log lacks the line `spherical KV engaged:`: not measured")
     for workload in args.workloads:
         for working_set in args.working_sets:
@@ -262,6 +262,23 @@ def serve(
             }
             say(cell.row)
             yield cell
+
+
+def served(shape: Shape, text: list[int] | None, args: argparse.Namespace) -> Iterator[Cell]:
+    """All cells, one server after the other."""
+    for name in args.servers:
+        with start(name, args) as server:
+            yield from serve(server, name, shape, text, args)
+
+
+def served_together(
+    shape: Shape, text: list[int] | None, args: argparse.Namespace
+) -> Iterator[Cell]:
+    """All cells, every one by all servers in turn, so that what drifts drifts for all."""
+    with start_together(args) as up:
+        by_server = [serve(server, name, shape, text, args) for name, server in up.items()]
+        for cells in zip(*by_server, strict=True):
+            yield from cells
 
 
 def say(row: Row) -> None:
@@ -285,7 +302,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pool-tokens", type=int, default=8192, help="of the bf16 server")
     parser.add_argument("--at-once", type=int, default=4, help="requests in flight")
     parser.add_argument(
-        "--together", action="store_true", help="start all servers at once, ask one at a time"
+        "--together", action="store_true", help="start all servers at once, ask them in turns"
     )
     parser.add_argument("--least-requests", type=int, default=24, help="measured, per cell")
     parser.add_argument("--scored", type=int, default=8, help="answers per cell with KL; 0: none")
@@ -316,12 +333,9 @@ def measure(benchmark: str, shape: Shape, args: argparse.Namespace) -> None:
     args.run_id = f"{benchmark}-{args.model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     text = read_text(args.model, args.text)
     cells: list[Cell] = []
-    with start_together(args) if args.together else nullcontext({}) as up:
-        for name in args.servers:
-            with nullcontext(up[name]) if args.together else start(name, args) as server:
-                for cell in serve(server, name, shape, text, args):
-                    cells.append(cell)
-                    save(args.json, result(shape, cells, args))
+    for cell in served_together(shape, text, args) if args.together else served(shape, text, args):
+        cells.append(cell)
+        save(args.json, result(shape, cells, args))
     if args.scored:
         longest = max(len(s.prompt) + len(s.answer) for c in cells for s in c.scored)
         room = max(2 * longest, args.pool_tokens)  # it reads one at a time

@@ -14,14 +14,17 @@ from serve import COMMON as DUMMY
 
 from sglang_spherical.server import Server, has_gpu, launch
 
-SERVERS = ("spherical", "bf16", "fp8")
+SERVERS = ("spherical", "hot", "bf16", "fp8")
+"""`hot` is spherical with re-tiering switched off: short of memory, it drops hot pages."""
+SPHERICAL = ("spherical", "hot")
 
 
 def flags(name: str, args: argparse.Namespace) -> list[str]:
     """What makes a server of that name, with `args.kv_bytes` of KV memory."""
     more = ["--enable-metrics", *(DUMMY if args.dummy else ()), *args.args]
-    if name == "spherical":
-        return ["--kv-format", "spherical", "--spherical-kv-bytes", str(args.kv_bytes), *more]
+    if name in SPHERICAL:
+        own = ["--kv-format", "spherical", "--spherical-kv-bytes", str(args.kv_bytes)]
+        return [*own, *(("--spherical-watermark", "1") if name == "hot" else ()), *more]
     tokens = args.pool_tokens
     dense = ["--attention-backend", "flashinfer" if has_gpu() else "torch_native", *more]
     if name == "fp8":
