@@ -111,10 +111,11 @@ class Batch:
         sizes = torch.tensor([[side.size_bytes for side in pair] for pair in self.kinds])
         self.block_bytes = int(sizes.sum(1)[self.levels.long().cpu()].max()) * heads
         head = torch.arange(heads).view(1, -1, 1)
-        self.offset_of = head * sizes.sum(1).view(-1, 1, 1) + torch.stack(
+        offset_of = head * sizes.sum(1).view(-1, 1, 1) + torch.stack(
             [torch.zeros(len(sizes), dtype=torch.int64), sizes[:, 0]], 1
         ).unsqueeze(1)
-        self.offset_of = self.offset_of.cuda()
+        places = torch.stack((torch.zeros_like(offset_of), offset_of), -1)
+        self.places = places.int().unsqueeze(1).cuda()  # of one layer
         self.page_blocks = torch.randperm(pages, device="cuda").int().unsqueeze(1)
         size = pages * self.block_bytes
         self.arena = torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda")
@@ -126,10 +127,8 @@ class Batch:
                 self._write_radii(layout, self.entries[:, at, side].flatten())
 
     def locate(self) -> torch.Tensor:
-        block_of = torch.zeros_like(self.offset_of)
-        return locate_entries(
-            self.tables, self.page_blocks, block_of, self.offset_of, self.block_bytes
-        )
+        (entries,) = locate_entries(self.tables, self.page_blocks, self.places, self.block_bytes)
+        return entries
 
     def _write_radii(self, layout: SliceLayout, places: torch.Tensor) -> None:
         """Radii that make values of about 1, and the header's scales."""

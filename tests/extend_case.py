@@ -142,9 +142,9 @@ class Case:
                 state = state.merge(attend_entries(rows, keys, values, row, tokens))
         return state
 
-    def arena(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
-        """Poisoned bytes with the slices, every page's on two blocks; page_blocks, block_of,
-        offset_of, block_bytes."""
+    def arena(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """Poisoned bytes with the slices, every page's on two blocks; page_blocks, places of
+        one layer, block_bytes."""
         levels, heads = len(self.kind_of), self.kv_heads
         block_of = torch.zeros(levels, heads, 2, dtype=torch.int64)
         offset_of = torch.zeros_like(block_of)
@@ -167,7 +167,8 @@ class Case:
                     at += int(offset_of[level, head, side])
                     one = self.slices[self.kind_of[level][head]][side][page, head]
                     memory[at : at + len(one)] = one
-        return memory, blocks, block_of, offset_of, block_bytes
+        places = torch.stack((block_of, offset_of), -1).int().unsqueeze(1)
+        return memory, blocks, places, block_bytes
 
     def tuning(self, tile_rows: int | None = None) -> Tuning:
         """What serving launches on this device; with other rows of a tile, the kernel that takes
@@ -198,10 +199,10 @@ class Case:
         self, tile_rows: int | None = None, most_items: int = 3
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tables = self.tables(tile_rows, most_items)
-        memory, *places, block_bytes = self.arena()
-        places = [place.to(DEVICE) for place in places]
-        entries = locate_entries(tables, *places, block_bytes)
-        q, k, v = (x.to(DEVICE) for x in (self.q, self.k, self.v))
+        memory, blocks, places, block_bytes = self.arena()
+        (entries,) = locate_entries(tables, blocks.to(DEVICE), places.to(DEVICE), block_bytes)
+        joined = torch.cat([self.q, self.k, self.v], 1).to(DEVICE)  # as a model's layer has them
+        q, k, v = joined.split([self.q.shape[1], self.k.shape[1], self.k.shape[1]], 1)
         names = "key_duals", "value_duals", "key_centre", "value_centre"
         frames = LayerFrames.over(*(getattr(self.frames, name).to(DEVICE) for name in names))
         work = ExtendWorkspace.allocate(

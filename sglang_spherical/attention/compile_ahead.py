@@ -12,6 +12,7 @@ from itertools import combinations
 import torch
 
 from sglang_spherical.attention.decode_plan import DecodeTables
+from sglang_spherical.attention.extend_plan import ExtendPlan
 from sglang_spherical.pool.kv_pool import SphericalKVPool
 from spherical_kernels.decode.launch import LARGE_BATCH
 from spherical_kernels.device import compiling
@@ -38,7 +39,7 @@ def compile_kernels(
     """
     with compiling(min(MOST_THREADS, os.cpu_count() or 1)):
         _decode(pool, req_to_token, q_heads, dtype)
-        _extend(pool, q_heads, dtype)
+        _extend(pool, req_to_token, q_heads, dtype)
         _reencode(pool)
 
 
@@ -53,9 +54,14 @@ def _decode(
         batch *= 2
 
 
-def _extend(pool: SphericalKVPool, q_heads: int, dtype: torch.dtype) -> None:
+def _extend(
+    pool: SphericalKVPool, req_to_token: torch.Tensor, q_heads: int, dtype: torch.dtype
+) -> None:
     layout, arena = pool.layout, pool.arena
-    entries = torch.empty(layout.kv_heads, 1, 2, dtype=torch.int64, device=arena.device)
+    slots = torch.zeros(1, dtype=torch.int64, device=arena.device)
+    plan = ExtendPlan(pool, req_to_token, slots, [layout.page_size], [1])
+    plan.prepare(q_heads // layout.kv_heads)
+    entries = plan.entries_of(0)
     for tokens in (1, SMALL_TOKENS + 1):
         new = _new_tokens(pool, dtype, tokens)
         encode_tokens(new)

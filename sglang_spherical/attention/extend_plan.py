@@ -46,15 +46,16 @@ class ExtendPlan:
         """q [tokens, q_heads, d], k and v [tokens, kv_heads, d] -> out like q."""
         group = q.shape[1] // k.shape[1]
         if group != self._group:
-            self._prepare(group)
+            self.prepare(group)
         arena = self.pool.arena
         out, _ = run_extend(
-            self.tables, q, k, v, arena.bytes, self._entries_of(layer),
+            self.tables, q, k, v, arena.bytes, self.entries_of(layer),
             arena.kind_levels[layer], self.pool.layer_frames[layer], scale, self.workspace,
         )  # fmt: skip
         return out
 
-    def _prepare(self, group: int) -> None:
+    def prepare(self, group: int) -> None:
+        """Works out the tables, for `group` query heads per KV head."""
         layout, arena = self.pool.layout, self.pool.arena
         self._group, self._entries = group, None
         tuning = tuning_for(layout.head_dim, layout.page_size, arena.device)
@@ -70,15 +71,15 @@ class ExtendPlan:
             tuning,
         )  # fmt: skip
 
-    def _entries_of(self, layer: int) -> torch.Tensor:
+    def entries_of(self, layer: int) -> torch.Tensor:
         """Addresses of the slices of all pages in a layer: int64 [kv_heads, pages, 2]."""
         if self._entries is None or not 0 <= layer - self._first_layer < len(self._entries):
             layout, arena = self.pool.layout, self.pool.arena
             one_layer = len(self.tables.pages) * layout.kv_heads * ENTRY_BYTES
             together = max(1, MOST_ENTRY_BYTES // max(one_layer, 1))
-            places = arena.places[:, layer : layer + together].long()
+            places = arena.places[:, layer : layer + together]
             self._first_layer = layer
             self._entries = locate_entries(
-                self.tables, arena.page_blocks, places[..., 0], places[..., 1], layout.block_bytes
+                self.tables, arena.page_blocks, places, layout.block_bytes
             )
         return self._entries[layer - self._first_layer]

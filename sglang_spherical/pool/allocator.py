@@ -10,12 +10,14 @@ a page-aligned alloc of n succeeds, because a page's blocks never exceed what it
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.utils import get_num_new_pages
 
 from sglang_spherical.metrics import NoMetrics
 from sglang_spherical.pool.kv_pool import SphericalKVPool
+from sglang_spherical.pool.order import to_device
 
 
 class SphericalAllocator(PagedTokenToKVPoolAllocator):
@@ -92,9 +94,7 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):
         pages = self._take_pages(num_new_pages)
         if pages is None:
             return None
-        return _extend_locations(
-            prefix_lens, seq_lens, last_loc, pages, extend_num_tokens, self.page_size
-        )
+        return _extend_locations(prefix_lens_cpu, seq_lens_cpu, last_loc, pages, self.page_size)
 
     def alloc_decode(
         self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
@@ -175,30 +175,24 @@ class SphericalAllocator(PagedTokenToKVPoolAllocator):
 
 
 def _extend_locations(
-    prefix_lens: torch.Tensor,
-    seq_lens: torch.Tensor,
-    last_loc: torch.Tensor,
-    pages: torch.Tensor,
-    count: int,
+    prefix_lens: torch.Tensor, seq_lens: torch.Tensor, last_loc: torch.Tensor, pages: torch.Tensor,
     page_size: int,
-) -> torch.Tensor:
-    """Token locations int64 [count] of all requests, one after the other, without a wait.
+) -> torch.Tensor:  # fmt: skip
+    """Token locations int64 of all requests, one after the other, without a wait.
 
-    Tokens [prefix_lens, seq_lens) of a request fill the page of `last_loc`, then its new `pages`.
+    Tokens [prefix_lens, seq_lens) of a request, both on the host, fill the page of `last_loc`, then
+    its new `pages`, both on the device.
     """
-    lengths = seq_lens - prefix_lens
-    ends, device = lengths.cumsum(0), prefix_lens.device
-    request = torch.repeat_interleave(
-        torch.arange(len(lengths), device=device), lengths, output_size=count
-    )
-    rank = torch.arange(count, device=device) - (ends - lengths)[request]
-    in_old_page = last_loc.long()[request] + 1 + rank
-    if not len(pages):
-        return in_old_page
-    old_pages = (prefix_lens + page_size - 1) // page_size
-    new_pages = (seq_lens + page_size - 1) // page_size - old_pages
-    first_page = new_pages.cumsum(0) - new_pages
-    position = prefix_lens[request] + rank
-    index = position // page_size - old_pages[request]
-    page = pages[(first_page[request] + index).clamp_min(0)]
-    return torch.where(index < 0, in_old_page, page * page_size + position % page_size)
+    prefixes, ends = prefix_lens.numpy().astype(np.int64), seq_lens.numpy().astype(np.int64)
+    lengths = ends - prefixes
+    request = np.repeat(np.arange(len(lengths)), lengths)
+    rank = np.arange(len(request)) - np.repeat(lengths.cumsum() - lengths, lengths)
+    old_pages = -(-prefixes // page_size)
+    new_pages = -(-ends // page_size) - old_pages
+    index = (prefixes[request] + rank) // page_size - old_pages[request]
+    first_page = len(lengths) + new_pages.cumsum() - new_pages
+    start = np.where(index < 0, request, first_page[request] + index)
+    offset = np.where(index < 0, rank, (prefixes[request] + rank) % page_size)
+    start_of, offset_of = to_device(np.stack((start, offset)), pages.device)
+    starts = torch.cat((last_loc.long() + 1, pages * page_size))  # of open pages, then new ones
+    return starts[start_of] + offset_of

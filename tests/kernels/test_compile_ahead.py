@@ -29,12 +29,14 @@ from spherical_kernels.encode.kernel import encode_tokens_kernel
 from spherical_kernels.extend import ends as extend_ends
 from spherical_kernels.extend.hopper import extend_pages_hopper
 from spherical_kernels.extend.kernel import extend_pages
+from spherical_kernels.extend.prefixes import locate_slices, sort_prefixes
 from spherical_kernels.retier import kernel as retier
 
 KERNELS = (
     ends.encode_and_frame, kernel.decode_pages, ends.merge_rows, encode_tokens_kernel,
     extend_ends.frame_rows, extend_ends.attend_new_rows, extend_ends.finish_rows,
-    extend_pages, extend_pages_hopper, retier.reencode_slices, retier.copy_slices,
+    sort_prefixes, locate_slices, extend_pages, extend_pages_hopper,
+    retier.reencode_slices, retier.copy_slices,
 )
 
 
@@ -77,5 +79,5 @@ def test_serving_asks_for_nothing_else() -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     at_start, later = done.stdout.splitlines()[-2:]
-    assert at_start.count("'") == 2 * 10, at_start  # one kernel that reads pages to extend
+    assert at_start.count("'") == 2 * 12, at_start  # one kernel that reads pages to extend
     assert later == "[]"

@@ -77,15 +77,15 @@ def test_many_tiles_stay_whole() -> None:
 def test_addresses_follow_block_and_offset() -> None:
     tables = tables_of([48], [1], [[0, 2, 1]])
     page_blocks = torch.arange(40, dtype=torch.int32).view(10, 4)
-    block_of = torch.randint(0, 4, (3, 5, 2, 2))  # levels, layers, heads, sides
-    offset_of = torch.randint(0, 100, (3, 5, 2, 2))
-    entries = locate_entries(tables, page_blocks, block_of, offset_of, 1 << 33)
+    places = torch.randint(0, 4, (3, 5, 2, 2, 2)).int()  # levels, layers, heads, sides
+    places[..., 1] *= 25
+    entries = locate_entries(tables, page_blocks, places, 1 << 33)
     assert entries.shape == (5, 2, 3, 2) and entries.dtype == torch.int64
     for n, (page, kind) in enumerate([(5, 0), (7, 1), (6, 2)]):
-        blocks = page_blocks[page, block_of[kind]].long()
-        assert torch.equal(entries[:, :, n], blocks * (1 << 33) + offset_of[kind])
-    one = locate_entries(tables, page_blocks, block_of[:, 3], offset_of[:, 3], 1 << 33)
-    assert torch.equal(one, entries[3])
+        blocks = page_blocks[page, places[kind, ..., 0].long()].long()
+        assert torch.equal(entries[:, :, n], blocks * (1 << 33) + places[kind, ..., 1])
+    some = locate_entries(tables, page_blocks, places[:, 3:4], 1 << 33)
+    assert torch.equal(some[0], entries[3])
 
 
 def test_one_prefix_per_request() -> None:

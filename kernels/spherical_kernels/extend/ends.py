@@ -15,14 +15,15 @@ NONE = tl.constexpr(-1e30)  # the maximum of no logits
 # what changes from batch to batch must not make a new binary
 @triton.jit(do_not_specialize=["tokens", "present"])
 def frame_rows(
-    Q, Dual, Centre, Framed, Scales, Near, tokens, kv_heads, scale, present,
+    Q, Dual, Centre, Framed, Scales, Near, tokens, q_token, kv_heads, scale, present,
     D: tl.constexpr, DC: tl.constexpr, STEPS: tl.constexpr, PLANES: tl.constexpr, G: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Queries of one KV head into the frame and the steps of a kind: ROWS rows by every program,
     BLOCK of their channels at once.
 
-    Q       [tokens, kv_heads * G, D]; logits in base 2 are `scale` times q . k
+    Q       [tokens, kv_heads * G, D], tokens q_token apart; logits in base 2 are `scale` times
+            q . k
     Dual    float32 [planes, kv_heads, D, D], B; Centre float32 [kv_heads, D]
     Framed  float16 [present, kv_heads, tokens * G, DC] at most 2**8, times 1 / Scales float32
             [present, kv_heads, tokens * G]; Near float32 [kv_heads, tokens * G], q . centre; all in
@@ -44,14 +45,14 @@ def frame_rows(
         channel = tl.where(kind == i, its_channel, channel)
         step = tl.where(kind == i, its_step, step)
         plane = tl.where(kind == i, PLANES[i], plane)
-    q_row = (r // G * kv_heads + head).to(tl.int64) * G + r % G
+    q_row = Q + (r // G).to(tl.int64) * q_token + (head * G + r % G) * D
     dual = Dual + (plane * kv_heads + head).to(tl.int64) * (D * D)
     framed = tl.zeros([ROWS, DC], tl.float32)
     near = tl.zeros([ROWS], tl.float32)
     for start in tl.range(0, DC, BLOCK, num_stages=1):
         d = start + tl.arange(0, BLOCK)
         inside = known[:, None] & (d < D)[None, :]
-        q = tl.load(Q + q_row[:, None] * D + d[None, :], mask=inside, other=0.0)
+        q = tl.load(q_row[:, None] + d[None, :], mask=inside, other=0.0)
         q = q.to(tl.float32) * scale
         inside = (d < D)[:, None] & (channel < D)[None, :]
         turned = tl.load(dual + channel[None, :] * D + d[:, None], mask=inside, other=0.0)
@@ -153,14 +154,15 @@ def finish_rows(
 
 @triton.jit
 def attend_new_rows(
-    Q, K, V, Tiles, Requests, Out, Lse, kv_heads, scale,
+    Q, K, V, Tiles, Requests, Out, Lse, q_token, k_token, v_token, kv_heads, scale,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Causal attention of ROWS rows of a tile to their request's new tokens, BLOCK at once.
 
-    Q    [tokens, kv_heads * G, D]; K, V [tokens, kv_heads, D]; `scale` times q . k is in base 2
-    Out  like Q; Lse float32 [tokens, kv_heads * G], base 2
+    Q    [tokens, kv_heads * G, D]; K, V [tokens, kv_heads, D]; tokens of each its *_token apart;
+         `scale` times q . k is in base 2
+    Out  [tokens, kv_heads * G, D]; Lse float32 [tokens, kv_heads * G], base 2
     """
     tile, head = tl.program_id(0) // (M // ROWS), tl.program_id(1)
     request = tl.load(Tiles + tile * 4)
@@ -173,16 +175,18 @@ def attend_new_rows(
     b = tl.arange(0, BLOCK)
     at = ((first_token + r // G) * kv_heads + head).to(tl.int64) * G + r % G
     inside = known[:, None] & (d < D)[None, :]
-    q = tl.load(Q + at[:, None] * D + d[None, :], mask=inside, other=0.0)
+    q_row = Q + (first_token + r // G).to(tl.int64) * q_token + (head * G + r % G) * D
+    q = tl.load(q_row[:, None] + d[None, :], mask=inside, other=0.0)
     top = tl.full([ROWS], NONE, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DP], tl.float32)
     last = tl.minimum(tokens, (first_row + ROWS - 1) // G + 1)
     for start in range(0, last, BLOCK):
         token = start + b
-        place = ((first_token + token) * kv_heads + head).to(tl.int64) * D
+        place = (first_token + token).to(tl.int64)
+        k_row, v_row = K + place * k_token + head * D, V + place * v_token + head * D
         mask = (token < tokens)[:, None] & (d < D)[None, :]
-        k = tl.load(K + place[:, None] + d[None, :], mask=mask, other=0.0)
+        k = tl.load(k_row[:, None] + d[None, :], mask=mask, other=0.0)
         dots = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
         dots = tl.where(token[None, :] <= (r // G)[:, None], dots, -float("inf"))
         new_top = tl.maximum(top, tl.max(dots, 1))
@@ -190,7 +194,7 @@ def attend_new_rows(
         p = tl.exp2(dots - new_top[:, None])
         mass = mass * fade + tl.sum(p, 1)
         top = new_top
-        v = tl.load(V + place[:, None] + d[None, :], mask=mask, other=0.0)
+        v = tl.load(v_row[:, None] + d[None, :], mask=mask, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="tf32x3")
     out = (acc / mass[:, None]).to(Out.dtype.element_ty)
     tl.store(Out + at[:, None] * D + d[None, :], out, mask=inside)

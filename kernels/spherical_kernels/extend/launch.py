@@ -202,7 +202,8 @@ def run_extend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one layer: of new tokens to their prefixes and to each other.
 
-    q          [tokens, q_heads, d], request by request; k, v [tokens, kv_heads, d]
+    q          [tokens, q_heads, d], request by request; k, v [tokens, kv_heads, d]; where more
+               than the tokens of one is not contiguous, it is copied
     arena      uint8, all slices
     entries    int64 [kv_heads, n, 2]: byte addresses of the slices of tables.pages in `arena`
     levels     int32 [kinds, kv_heads, 2]: levels [first, end) at which a head has each kind
@@ -219,8 +220,8 @@ def run_extend(
             f"q, k: expected {tables.tokens} tokens and a multiple of {kv_heads} query heads, got "
             f"{list(q.shape)} and {list(k.shape)}"
         )
-    q = q.contiguous()
-    new, new_lse = attend_new_tokens(tables, q, k.contiguous(), v.contiguous(), scale)
+    q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k, v))
+    new, new_lse = attend_new_tokens(tables, q, k, v, scale)
     if not len(tables.items):
         return new, new_lse / LOG2_E
     _attend_prefix(tables, q, arena, entries, levels, frames, scale, workspace)
@@ -241,7 +242,7 @@ def _attend_prefix(
     work.frame(
         (-(-rows // work.frame.constants["ROWS"]), kv_heads, len(work.pages)),
         q, frames.key_duals, frames.key_centre, work.framed, work.scales, work.near, len(q),
-        kv_heads, scale * LOG2_E, work.present,
+        q.stride(0), kv_heads, scale * LOG2_E, work.present,
     )  # fmt: skip
     words = arena.view(torch.int32)
     grid = len(tables.items), kv_heads, 1

@@ -22,17 +22,19 @@ _BLOCK, _BLOCK_BYTES = 64, 16 << 10  # new tokens read at once, at most; of thei
 def attend_new_tokens(
     tables: ExtendTables, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [tokens, q_heads, d], k and v [tokens, kv_heads, d], contiguous, request by request as
-    `tables` say -> out like q, lse float32 [tokens, q_heads] in base 2."""
+    """q [tokens, q_heads, d], k and v [tokens, kv_heads, d], each contiguous but for its tokens,
+    request by request as `tables` say -> out [tokens, q_heads, d], lse float32 [tokens, q_heads] in
+    base 2."""
     tokens, heads, d = q.shape
     kv_heads = k.shape[1]
-    out = torch.empty_like(q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     launch = _launch(d, q.element_size(), tables.tile_rows, heads // kv_heads)
     parts = tables.tile_rows // launch.constants["ROWS"]
     launch(
         (len(tables.tiles) * parts, kv_heads, 1),
-        q, k, v, tables.tiles, tables.requests, out, lse, kv_heads, scale * LOG2_E,
+        q, k, v, tables.tiles, tables.requests, out, lse, q.stride(0), k.stride(0), v.stride(0),
+        kv_heads, scale * LOG2_E,
     )  # fmt: skip
     return out, lse
 

@@ -14,16 +14,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
+import triton
 from numpy.typing import NDArray
+
+from ..device import Launch
+from .prefixes import locate_slices, sort_prefixes
 
 ITEM_COST_PAGES = 4
 """What starting and merging an item costs, in pages read."""
 
 MOST_WAVES = 8
 """Rounds of programs up to which shares are fitted to the rounds; beyond, tiles stay whole."""
+
+PAGES_AT_ONCE, SORT_WARPS = 256, 4
+"""Pages that a program of `sort_prefixes` or `locate_slices` looks at together, and its warps."""
 
 Integers = NDArray[np.int64]
 
@@ -92,29 +100,22 @@ def build_tables(
     valid = np.asarray(prefixes, np.int64) - (counts - 1).clip(0) * page_size
     requests = np.stack([starts, tokens, valid, np.zeros_like(tokens)], 1)
     tiles, items = cut_tiles(counts, tokens * group, tile_rows, most_items)
-    request_of = np.repeat(np.arange(len(counts)), counts)
-    index = np.arange(len(request_of)) - np.repeat(np.cumsum(counts) - counts, counts)
+    first_page = np.append(0, counts.cumsum())
 
     device = req_to_token.device
-    parts = _to_device([requests, tiles, items, request_of, index * page_size], device)
-    on_device, first_token = parts[3].long(), parts[4].long()
-    pages = req_to_token[slots.long()[on_device], first_token] // page_size
-    level = page_level[pages.long()]
-    key = on_device * levels + level
-    key, order = torch.sort(key, stable=True)
-    bounds = torch.arange(len(counts) * levels + 1, device=device)
+    # rows of four numbers first, so that all start at multiples of 16 bytes
+    of_request, of_tile, of_item, first = _to_device([requests, tiles, items, first_page], device)
+    pages = torch.empty(int(first_page[-1]), dtype=torch.int32, device=device)
+    page_levels = torch.empty(len(pages), dtype=torch.uint8, device=device)
+    runs = torch.empty(len(counts) * levels + 1, dtype=torch.int32, device=device)
+    _sort_launch(page_size, levels)(
+        (len(counts), 1, 1),
+        req_to_token, slots, first, page_level, pages, page_levels, runs, req_to_token.stride(0),
+    )  # fmt: skip
     return ExtendTables(
-        pages=pages[order].int(),
-        page_levels=level[order],
-        runs=torch.searchsorted(key, bounds).int(),
-        requests=parts[0],
-        tiles=parts[1],
-        items=parts[2],
-        levels=levels,
-        present=tuple(sorted(present)),
-        tile_rows=tile_rows,
-        lengths=tuple(int(n) for n in tokens),
-    )
+        pages, page_levels, runs, of_request, of_tile, of_item, levels, tuple(sorted(present)),
+        tile_rows, tuple(int(n) for n in tokens),
+    )  # fmt: skip
 
 
 def cut_tiles(
@@ -178,20 +179,34 @@ def _to_device(arrays: Sequence[Integers], device: torch.device) -> list[torch.T
 
 
 def locate_entries(
-    tables: ExtendTables,
-    page_blocks: torch.Tensor,
-    block_of: torch.Tensor,
-    offset_of: torch.Tensor,
-    block_bytes: int,
+    tables: ExtendTables, page_blocks: torch.Tensor, places: torch.Tensor, block_bytes: int
 ) -> torch.Tensor:
-    """Byte addresses of the key and value slices of all pages: int64 [..., kv_heads, n, 2].
+    """Byte addresses of the key and value slices of all pages: int64 [layers, kv_heads, n, 2].
 
     page_blocks  int32 [num_pages, blocks of a page]
-    block_of     int64 [levels, ..., kv_heads, 2], in which block of the page each slice lies
-    offset_of    like block_of, where in the block, in bytes
-    The dots may be nothing (the tables of one layer) or [layers].
+    places       int32 [levels, layers, kv_heads, 2 (keys, values), 2], where a slice is: block of
+                 the page, and offset in bytes; each level's contiguous
     """
-    level = tables.page_levels.long()
-    slot, offset = (table.movedim(0, -2)[..., level, :] for table in (block_of, offset_of))
-    block = page_blocks[tables.pages.long().unsqueeze(-1), slot]
-    return (block.long() * block_bytes + offset).contiguous()
+    n, (layers, kv_heads) = len(tables.pages), places.shape[1:3]
+    entries = torch.empty(layers, kv_heads, n, 2, dtype=torch.int64, device=page_blocks.device)
+    launch = _locate_launch(page_blocks.shape[1])
+    launch(
+        (-(-n // launch.constants["BLOCK"]), layers * kv_heads, 1),
+        tables.pages, tables.page_levels, page_blocks, places, entries, n, places.stride(0),
+        block_bytes,
+    )  # fmt: skip
+    return entries
+
+
+@cache
+def _sort_launch(page_size: int, levels: int) -> Launch:
+    rounded = int(triton.next_power_of_2(levels + 1))
+    return Launch(
+        sort_prefixes, PAGE=page_size, LEVELS=levels, LP=rounded, BLOCK=PAGES_AT_ONCE,
+        num_warps=SORT_WARPS,
+    )  # fmt: skip
+
+
+@cache
+def _locate_launch(columns: int) -> Launch:
+    return Launch(locate_slices, H=columns, BLOCK=PAGES_AT_ONCE, num_warps=SORT_WARPS)
