@@ -23,6 +23,10 @@ from spherical_kernels.codec.pages import code_directions
 from spherical_kernels.codec.slices import pack_digits
 from spherical_kernels.encode.launch import NewTokens, encode_tokens, rotation_signs
 
+ENOUGH_TOKENS = 1 << 14
+"""Observed tokens of a layer that say all there is to learn: more only cost time, as on a server
+that lowers nothing while it has memory."""
+
 
 class SphericalKVPool(KVCache):
     """The memory of one rank.
@@ -130,7 +134,9 @@ class SphericalKVPool(KVCache):
 
     def learns(self, layer: Any) -> bool:
         """Whether a prefill has anything to tell of a layer."""
-        known = self.frames.calibrated and self.frames.centred[layer.layer_id - self.start_layer]
+        index = layer.layer_id - self.start_layer
+        seen = self.frames.statistics.spread_count[index]
+        known = self.frames.centred[index] and (self.frames.calibrated or seen >= ENOUGH_TOKENS)
         return self.learning and not known
 
     def observe(

@@ -53,6 +53,18 @@ def test_frames_are_ready_once_there_is_a_centre_and_a_page_of_statistics() -> N
     assert all(pool.frames.centred)
 
 
+def test_enough_is_learnt_at_some_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglang_spherical.pool.kv_pool.ENOUGH_TOKENS", 150)
+    pool = tiny_pool(4)
+    counts = []
+    for seed in range(4):
+        prefill(pool, 100, seed)
+        counts.append(pool.frames.statistics.spread_count[0])
+    assert counts == [96, 192, 192, 192] and not pool.learns(Layer(0))
+    pool.forget()
+    assert pool.learns(Layer(0))
+
+
 def test_pages_lowered_early_survive_the_first_long_prompt() -> None:
     """Short prompts, memory pressure, then a long prompt: what was lowered still reads the same."""
     pool = tiny_pool(8)

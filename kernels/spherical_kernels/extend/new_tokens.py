@@ -41,17 +41,21 @@ def attend_new_tokens(
 
 @cache
 def _launch(head_dim: int, element_bytes: int, tile_rows: int, group: int) -> Launch:
-    constants = new_rows_constants(head_dim, element_bytes, tile_rows)
-    return Launch(attend_new_rows, G=group, **constants, num_warps=4)
+    constants, warps = new_rows_constants(head_dim, element_bytes, tile_rows)
+    return Launch(attend_new_rows, G=group, **constants, num_warps=warps)
 
 
-def new_rows_constants(head_dim: int, element_bytes: int, tile_rows: int) -> dict[str, int]:
-    """What the kernel is specialised on, but for the query heads of a KV head."""
+def new_rows_constants(
+    head_dim: int, element_bytes: int, tile_rows: int
+) -> tuple[dict[str, int], int]:
+    """What the kernel is specialised on, but for the query heads of a KV head, and its warps: of
+    wide heads four would not hold the rows."""
     columns = columns_of(head_dim)
     block = min(_BLOCK, _BLOCK_BYTES // (columns * element_bytes))
-    return {
+    constants = {
         "D": head_dim, "DP": columns, "M": tile_rows, "ROWS": min(_ROWS, tile_rows), "BLOCK": block
     }  # fmt: skip
+    return constants, 8 if columns > 128 else 4
 
 
 def columns_of(head_dim: int) -> int:
