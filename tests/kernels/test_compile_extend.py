@@ -38,23 +38,22 @@ name, dtype, keys, values, d, page = *sys.argv[1:3], *map(int, sys.argv[3:])
 keys, values = (slice_layout(PATTERNS[i], page, d) for i in (keys, values))
 tuning = tuning_for(d)
 finish, finish_warps = finish_constants(d, few="few_" in name)
-new, new_warps = new_rows_constants(d, 4 if dtype == "fp32" else 2, tuning.tile_rows)
 name = name.replace("few_", "")
 constants = {
     "extend_pages": kernel_constants(keys, values, 4) | {
         "M": tuning.tile_rows, "KIND": 1, "LEVELS": 3, "STAGES": tuning.stages,
         "PTX": True, "PDL": True,
     },
-    "frame_rows": frame_constants([slice_layout(PATTERNS[0], page, d), keys], 4)
-    | {"PTX": True, "PDL": True},
+    "frame_rows": frame_constants([slice_layout(PATTERNS[0], page, d), keys], 4) | {"PDL": True},
     "finish_rows": finish | {
-        "G": 4, "M": tuning.tile_rows, "PLANES": (0, 1), "PTX": True, "PDL": True
+        "G": 4, "M": tuning.tile_rows, "PLANES": 2, "BANDS": (1, 4), "PDL": True
     },
-    "attend_new_rows": {"G": 4} | new,
+    "attend_new_rows": {"G": 4}
+    | new_rows_constants(d, 4 if dtype == "fp32" else 2, tuning.tile_rows),
 }[name]
 TYPES = {
     "Arena": "*i32", "Entries": "*i64", "Items": "*i32", "Tiles": "*i32", "Requests": "*i32",
-    "Channel": "*i32", "Runs": "*i32", "Levels": "*i32", "Framed": "*fp16", "scale": "fp32",
+    "Runs": "*i32", "Levels": "*i32", "Framed": "*fp16", "scale": "fp32",
     **{name: "*" + dtype for name in ("Q", "K", "V", "New", "Out")},
 }
 DEFAULTS = {True: "*fp32", False: "i32"}
@@ -76,7 +75,7 @@ source = ASTSource(
 )
 warps = {
     "extend_pages": tuning.warps, "frame_rows": FRAME_WARPS, "finish_rows": finish_warps,
-    "attend_new_rows": new_warps,
+    "attend_new_rows": 4,
 }[name]
 options = {"num_warps": warps}
 if name == "extend_pages" and tuning.registers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from extend_case import DEVICE
 
 from spherical_kernels.extend.tables import (
     ExtendTables,
@@ -26,8 +27,9 @@ def tables_of(prefixes: list[int], lengths: list[int], levels: list[list[int]]) 
             row[index * PAGE : (index + 1) * PAGE] = page * PAGE + torch.arange(PAGE)
             page += 1
     page_level = torch.tensor([0] * 5 + [one for mine in levels for one in mine]).to(torch.uint8)
+    on_device = (x.to(DEVICE) for x in (req_to_token, torch.arange(len(prefixes)), page_level))
     return build_tables(
-        req_to_token, torch.arange(len(prefixes)), page_level, prefixes, lengths,
+        *on_device, prefixes, lengths,
         page_size=PAGE, group=2, levels=3, present=range(3), tile_rows=64, most_items=4,
     )  # fmt: skip
 
@@ -79,13 +81,14 @@ def test_addresses_follow_block_and_offset() -> None:
     page_blocks = torch.arange(40, dtype=torch.int32).view(10, 4)
     places = torch.randint(0, 4, (3, 5, 2, 2, 2)).int()  # levels, layers, heads, sides
     places[..., 1] *= 25
-    entries = locate_entries(tables, page_blocks, places, 1 << 33)
+    given = page_blocks.to(DEVICE), places.to(DEVICE)
+    entries = locate_entries(tables, *given, 1 << 33).cpu()
     assert entries.shape == (5, 2, 3, 2) and entries.dtype == torch.int64
     for n, (page, kind) in enumerate([(5, 0), (7, 1), (6, 2)]):
         blocks = page_blocks[page, places[kind, ..., 0].long()].long()
         assert torch.equal(entries[:, :, n], blocks * (1 << 33) + places[kind, ..., 1])
-    some = locate_entries(tables, page_blocks, places[:, 3:4], 1 << 33)
-    assert torch.equal(some[0], entries[3])
+    some = locate_entries(tables, given[0], given[1][:, 3:4], 1 << 33)
+    assert torch.equal(some[0].cpu(), entries[3])
 
 
 def test_one_prefix_per_request() -> None:

@@ -8,12 +8,36 @@ import triton
 import triton.language as tl
 
 from ..encode.kernel import encode_rows
-from ..signs import add_signed, signs_of
 
 BANDS = tl.constexpr(4)  # of a calibrated frame
 QUERY_PEAK = tl.constexpr(16000.0)  # largest integer of a query: high part at most 125
 NONE = tl.constexpr(-1e30)  # the maximum of no logits
 LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def signs_of(i, j, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Elements (i, j), below SIZE, of `codec.frames.hadamard` in blocks of BLOCK, at most 256:
+    bfloat16."""
+    odd = i & j & (BLOCK - 1)
+    odd ^= odd >> 4
+    odd ^= odd >> 2
+    odd ^= odd >> 1
+    bits = (odd & 1) << 15 | 0x3F80  # of 1.0 or -1.0
+    if BLOCK < SIZE:
+        bits = tl.where(i // BLOCK == j // BLOCK, bits, 0)
+    return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def add_signed(x, signs, out, PTX: tl.constexpr):
+    """out + x @ signs, to 2**-16 of x: in two pieces of bfloat16, which Triton's interpreter does
+    not multiply."""
+    if not PTX:
+        return tl.dot(x, signs.to(tl.float32), out, input_precision="ieee")
+    high = x.to(tl.bfloat16)
+    low = (x - high.to(tl.float32)).to(tl.bfloat16)
+    return tl.dot(high, signs, tl.dot(low, signs, out))
 
 
 @triton.jit
@@ -126,7 +150,7 @@ def frame_rows(
     else:
         q = tl.gather(q, tl.broadcast_to(channel[None, :], [ROWS, DP]), 1)
     i, j = tl.arange(0, RUN)[:, None], tl.arange(0, RUN)[None, :]
-    turn = signs_of(i, j, tl.where(of_frame == 0, INNER, BAND_BLOCK) - 1, False)
+    turn = tl.where(of_frame == 0, signs_of(i, j, RUN, INNER), signs_of(i, j, RUN, BAND_BLOCK))
     framed = tl.reshape(q * weight[None, :], [ROWS * BANDS, RUN])
     framed = add_signed(framed, turn, tl.zeros([ROWS * BANDS, RUN], tl.float32), PTX)
     by_band = tl.reshape(framed, [ROWS, BANDS, RUN])
@@ -322,10 +346,7 @@ def merge_rows(
         for i in tl.static_range(BANDS):
             d = i * QUARTER + tl.arange(0, QUARTER)
             turned = add_signed(
-                sums[i],
-                signs_of(d[:, None], channel[None, :], HOT_BLOCK - 1, HOT_BLOCK == DP),
-                turned,
-                PTX,
+                sums[i], signs_of(d[:, None], channel[None, :], DP, HOT_BLOCK), turned, PTX
             )
         out += add_splits(turned, REQUESTS, GP) * hot_weight[None, :]
     if CALIBRATED:
@@ -338,7 +359,7 @@ def merge_rows(
             item += SPLITS
             next_band = load_band(Partial + at, item, end, stride, column, real, D)
             band_sums += part * tl.exp2(logs - its_top)[:, None]
-        turn = signs_of(column[:, None], column[None, :], BAND_BLOCK - 1, BAND_BLOCK == QUARTER)
+        turn = signs_of(column[:, None], column[None, :], QUARTER, BAND_BLOCK)
         turned = add_signed(band_sums, turn, tl.zeros([ROWS, QUARTER], tl.float32), PTX)
         out += add_splits(turned, REQUESTS, GP) * weight[None, :]
 

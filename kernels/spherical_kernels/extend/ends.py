@@ -7,33 +7,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..signs import add_signed, signs_of
 from .columns import channel_of, columns_of_kind
 
 NONE = tl.constexpr(-1e30)  # the maximum of no logits
-UNROLLED = tl.constexpr(4)  # splits
 
 
 # what changes from batch to batch must not make a new binary
 @triton.jit(do_not_specialize=["tokens", "present"])
 def frame_rows(
-    Q, Channel, Weight, Centre, Framed, Scales, Near, tokens, q_token, kv_heads, scale, present,
-    D: tl.constexpr, DC: tl.constexpr, STEPS: tl.constexpr, CALIBRATED: tl.constexpr,
-    HADAMARD: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    PTX: tl.constexpr, PDL: tl.constexpr,
+    Q, Dual, Centre, Framed, Scales, Near, tokens, q_token, kv_heads, scale, present,
+    D: tl.constexpr, DC: tl.constexpr, STEPS: tl.constexpr, PLANES: tl.constexpr, G: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Queries of one KV head into the frame and the steps of a kind: ROWS rows by every program,
     BLOCK of their channels at once.
 
     Q       [tokens, kv_heads * G, D], tokens q_token apart; logits in base 2 are `scale` times
             q . k
-    Channel int32, Weight float32 [2, kv_heads, D], picks of the key frames, whose rotations have
-            blocks of HADAMARD; Centre float32 [kv_heads, D]
+    Dual    float32 [planes, kv_heads, D, D], B; Centre float32 [kv_heads, D]
     Framed  float16 [present, kv_heads, tokens * G, DC] at most 2**8, times 1 / Scales float32
             [present, kv_heads, tokens * G]; Near float32 [kv_heads, tokens * G], q . centre; all in
             base 2
     present the kinds that are framed, four bits each, the first in the lowest
-    STEPS, CALIBRATED  steps of every kind, and whether its frame is the calibrated one
+    STEPS, PLANES  steps and frame of every kind
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -42,37 +38,34 @@ def frame_rows(
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     known = r < tokens * G
     column = tl.arange(0, DC)
-    place, step = columns_of_kind(column, D, STEPS, 0)
-    calibrated = CALIBRATED[0]
+    channel, step = columns_of_kind(column, D, STEPS, 0)
+    plane = PLANES[0]
     for i in tl.static_range(1, len(STEPS)):
-        its_place, its_step = columns_of_kind(column, D, STEPS, i)
-        place = tl.where(kind == i, its_place, place)
+        its_channel, its_step = columns_of_kind(column, D, STEPS, i)
+        channel = tl.where(kind == i, its_channel, channel)
         step = tl.where(kind == i, its_step, step)
-        calibrated = tl.where(kind == i, CALIBRATED[i], calibrated)
+        plane = tl.where(kind == i, PLANES[i], plane)
     q_row = Q + (r // G).to(tl.int64) * q_token + (head * G + r % G) * D
-    picks = (calibrated * kv_heads + head) * D
+    dual = Dual + (plane * kv_heads + head).to(tl.int64) * (D * D)
     framed = tl.zeros([ROWS, DC], tl.float32)
     near = tl.zeros([ROWS], tl.float32)
     for start in tl.range(0, DC, BLOCK, num_stages=1):
-        j = start + tl.arange(0, BLOCK)
-        channel = tl.load(Channel + picks + j, mask=j < D, other=0)
-        weight = tl.load(Weight + picks + j, mask=j < D, other=0.0)
-        centre = tl.load(Centre + head * D + channel, mask=j < D, other=0.0)
-        inside = known[:, None] & (j < D)[None, :]
-        q = tl.load(q_row[:, None] + channel[None, :], mask=inside, other=0.0)
+        d = start + tl.arange(0, BLOCK)
+        inside = known[:, None] & (d < D)[None, :]
+        q = tl.load(q_row[:, None] + d[None, :], mask=inside, other=0.0)
         q = q.to(tl.float32) * scale
-        block = tl.where(calibrated == 1, HADAMARD[1], HADAMARD[0])
-        signs = signs_of(j[:, None], place[None, :], block - 1, False)
-        framed = add_signed(q * weight[None, :], signs, framed, PTX)
+        inside = (d < D)[:, None] & (channel < D)[None, :]
+        turned = tl.load(dual + channel[None, :] * D + d[:, None], mask=inside, other=0.0)
+        framed = tl.dot(q, turned, framed, input_precision="tf32x3")
+        centre = tl.load(Centre + head * D + d, mask=d < D, other=0.0)
         near += tl.sum(q * centre[None, :], 1)
-    framed = tl.where((place < D)[None, :], framed, 0.0)
     framed *= step[None, :]
     peak = tl.max(tl.abs(framed), 1)
     unit = tl.where(peak > 0, peak * 2.0**-8, 1.0)
-    row = (which * kv_heads + head).to(tl.int64) * (tokens * G) + r
+    place = (which * kv_heads + head).to(tl.int64) * (tokens * G) + r
     framed = (framed / unit[:, None]).to(tl.float16)
-    tl.store(Framed + row[:, None] * DC + column[None, :], framed, mask=known[:, None])
-    tl.store(Scales + row, unit, mask=known)
+    tl.store(Framed + place[:, None] * DC + column[None, :], framed, mask=known[:, None])
+    tl.store(Scales + place, unit, mask=known)
     if which == 0:
         tl.store(Near + head.to(tl.int64) * (tokens * G) + r, near, mask=known)
     if PDL:  # the new tokens' attention, which this did not need, is done when this is
@@ -83,32 +76,28 @@ def frame_rows(
 def joined_splits(Partial, Lse, place, column, splits, stride, total, DC: tl.constexpr):
     """Columns of the splits' sums, weighted by their share of `total` (base 2): [ROWS, columns]."""
     sums = tl.zeros([place.shape[0], column.shape[0]], tl.float32)
-    # several are on their way at once, and none waits for its logarithm
-    for split in tl.range(0, splits, loop_unroll_factor=UNROLLED):
+    for split in range(splits):
         at = place + split * stride
         logs = tl.load(Lse + at)
-        part = tl.load(Partial + at[:, None] * DC + column[None, :])
-        known = (logs > -float("inf"))[:, None]  # the others were not written
-        sums += tl.where(known, part, 0.0) * tl.exp2(logs - total)[:, None]
+        known = (logs > -float("inf"))[:, None]
+        part = tl.load(Partial + at[:, None] * DC + column[None, :], mask=known, other=0.0)
+        sums += part * tl.exp2(logs - total)[:, None]
     return sums
 
 
 @triton.jit(do_not_specialize=["rows", "items"])
 def finish_rows(
-    Partial, Lse, Tiles, Requests, Channel, Weight, Centre, Near, New, NewLse, Out, OutLse,
+    Partial, Lse, Tiles, Requests, Dual, Centre, Near, New, NewLse, Out, OutLse,
     rows, items, kv_heads,
     D: tl.constexpr, DC: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
-    PLANES: tl.constexpr, BANDS: tl.constexpr, HADAMARD: tl.constexpr, BLOCK: tl.constexpr,
-    PTX: tl.constexpr, PDL: tl.constexpr,
+    PLANES: tl.constexpr, BANDS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a tile of one KV head: splits, frames, then new tokens become one attention.
 
-    Partial  float32 [planes, items, kv_heads, M, DC]; Lse [planes, items, kv_heads, M], base 2
+    Partial  float32 [PLANES, items, kv_heads, M, DC]; Lse [PLANES, items, kv_heads, M], base 2
     Tiles    int32 [tiles, 4]: request, first row, first item, splits
-    Channel  int32, Weight float32 [2, kv_heads, D], picks of the value frames; Centre float32
-             [kv_heads, D]
-    PLANES   frame of every plane: 0 hot, 1 calibrated, the last one
-    BANDS, HADAMARD  of either frame: its bands, and the blocks of its rotation
+    Dual     float32 [PLANES, kv_heads, D, D], B of the value frames; Centre float32 [kv_heads, D]
+    BANDS    bands of every plane's frame
     New      [tokens, kv_heads * G, D], NewLse float32 [tokens, kv_heads * G], base 2: of the new
              tokens among themselves
     Out      like New; OutLse float32 like NewLse, natural
@@ -125,18 +114,12 @@ def finish_rows(
     stride = kv_heads * M
     plane = tl.cast(items, tl.int64) * stride
     place = (first_item * kv_heads + head).to(tl.int64) * M + m
-    real = column < D
-    # channels stand as the last plane's frame picks them; the hot one picks them as they are
-    own = PLANES[len(PLANES) - 1] * kv_heads * D + head * D + column
-    channel = tl.load(Channel + own, mask=real, other=0)
-    own_weight = tl.load(Weight + own, mask=real, other=0.0)
-    hot_weight = tl.load(Weight + head * D + channel, mask=real, other=0.0)
-    centre = tl.load(Centre + head * D + channel, mask=real, other=0.0)
+    centre = tl.load(Centre + head * D + column, mask=column < D, other=0.0)
     top = tl.full([ROWS], NONE, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    for i in tl.range(0, len(PLANES) * splits, loop_unroll_factor=UNROLLED):
+    for i in range(PLANES * splits):
         logs = tl.load(Lse + i // splits * plane + place + i % splits * stride)
         higher = tl.maximum(top, logs)
         mass = mass * tl.exp2(top - higher) + tl.exp2(logs - higher)
@@ -144,48 +127,41 @@ def finish_rows(
     some = mass > 0
     total = tl.where(some, top + tl.log2(mass), 0.0)
     out = tl.where(some[:, None], centre[None, :], 0.0)
-    for i in tl.static_range(len(PLANES)):
+    for i in tl.static_range(PLANES):
         partial, logs = Partial + i * plane * DC, Lse + i * plane
-        turned = tl.zeros([ROWS, DC], tl.float32)
-        target = column if PLANES[i] == 1 else channel
+        at = Dual + (i * kv_heads + head).to(tl.int64) * (D * D) + column[None, :]
         for start in range(0, DC, BLOCK):
             some_columns = start + tl.arange(0, BLOCK)
-            its_place = channel_of(some_columns, D, BANDS[PLANES[i]])
+            channel = channel_of(some_columns, D, BANDS[i])
             part = joined_splits(partial, logs, place, some_columns, splits, stride, total, DC)
-            part = tl.where((its_place < D)[None, :], part, 0.0)
-            signs = signs_of(
-                its_place[:, None],
-                target[None, :],
-                HADAMARD[PLANES[i]] - 1,
-                HADAMARD[PLANES[i]] == DC,
-            )
-            turned = add_signed(part, signs, turned, PTX)
-        out += turned * (own_weight if PLANES[i] == 1 else hot_weight)[None, :]
+            part = tl.where((channel < D)[None, :], part, 0.0)
+            inside = (channel < D)[:, None] & (column < D)[None, :]
+            dual = tl.load(at + channel[:, None] * D, mask=inside, other=0.0)
+            out = tl.dot(part, dual, out, input_precision="tf32x3")
     near = tl.load(Near + head.to(tl.int64) * rows + r, mask=known, other=0.0)
     prefix = tl.where(some, total + near, -float("inf"))
     at = (r // G * kv_heads + head).to(tl.int64) * G + r % G
     new = tl.load(NewLse + at, mask=known, other=0.0)
-    inside = known[:, None] & real[None, :]
-    target_at = at[:, None] * D + channel[None, :]
-    dense = tl.load(New + target_at, mask=inside, other=0.0)
+    inside = known[:, None] & (column < D)[None, :]
+    dense = tl.load(New + at[:, None] * D + column[None, :], mask=inside, other=0.0)
     peak = tl.maximum(prefix, new)
     whole = peak + tl.log2(tl.exp2(prefix - peak) + tl.exp2(new - peak))
     out *= tl.exp2(prefix - whole)[:, None]
     out += dense.to(tl.float32) * tl.exp2(new - whole)[:, None]
-    tl.store(Out + target_at, out.to(Out.dtype.element_ty), mask=inside)
+    tl.store(Out + at[:, None] * D + column[None, :], out.to(Out.dtype.element_ty), mask=inside)
     tl.store(OutLse + at, whole * 0.6931471805599453, mask=known)
 
 
 @triton.jit
 def attend_new_rows(
-    Q, K, V, Tiles, Requests, Out, Lse, q_token, k_token, v_token, kv_heads, scale,
+    Q, K, V, Tiles, Requests, Out, Lse, q_token, kv_token, kv_heads, scale,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Causal attention of ROWS rows of a tile to their request's new tokens, BLOCK at once.
 
-    Q    [tokens, kv_heads * G, D]; K, V [tokens, kv_heads, D]; tokens of each its *_token apart;
-         `scale` times q . k is in base 2
+    Q    [tokens, kv_heads * G, D], tokens q_token apart; K, V [tokens, kv_heads, D], tokens
+         kv_token apart; `scale` times q . k is in base 2
     Out  [tokens, kv_heads * G, D]; Lse float32 [tokens, kv_heads * G], base 2
     """
     tile, head = tl.program_id(0) // (M // ROWS), tl.program_id(1)
@@ -207,10 +183,10 @@ def attend_new_rows(
     last = tl.minimum(tokens, (first_row + ROWS - 1) // G + 1)
     for start in range(0, last, BLOCK):
         token = start + b
-        first = (first_token + start).to(tl.int64)
+        first = (first_token + start).to(tl.int64) * kv_token + head * D
+        place = (b * kv_token)[:, None] + d[None, :]
         mask = (token < tokens)[:, None] & (d < D)[None, :]
-        at_k = K + first * k_token + head * D
-        k = tl.load(at_k + (b * k_token)[:, None] + d[None, :], mask=mask, other=0.0)
+        k = tl.load(K + first + place, mask=mask, other=0.0)
         dots = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
         dots = tl.where(token[None, :] <= (r // G)[:, None], dots, -float("inf"))
         new_top = tl.maximum(top, tl.max(dots, 1))
@@ -218,8 +194,7 @@ def attend_new_rows(
         p = tl.exp2(dots - new_top[:, None])
         mass = mass * fade + tl.sum(p, 1)
         top = new_top
-        at_v = V + first * v_token + head * D
-        v = tl.load(at_v + (b * v_token)[:, None] + d[None, :], mask=mask, other=0.0)
+        v = tl.load(V + first + place, mask=mask, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="tf32x3")
     out = (acc / mass[:, None]).to(Out.dtype.element_ty)
     tl.store(Out + at[:, None] * D + d[None, :], out, mask=inside)

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import triton
 
-from ..codec.frames import LayerFrames, hadamard_block
+from ..codec.frames import LayerFrames
 from ..codec.pages import GAUSSIAN_STEP
-from ..codec.patterns import BANDS, FrameKind
+from ..codec.patterns import FrameKind
 from ..codec.slices import SliceLayout
 from ..device import Launch, has_dependent_launch, has_ptx, has_wgmma, launch_options
 from .ends import finish_rows, frame_rows
@@ -183,8 +183,8 @@ class ExtendWorkspace:
         return cls(
             planes, framed, scales, torch.empty(kv_heads, rows, **f32), partial, lse,
             sum(kind << (4 * i) for i, kind in enumerate(plane_of)),
-            _frame_launch(kinds, group, ptx, pdl), tuple(pages),
-            _finish_launch(d, few, group, tables.tile_rows, planes, ptx, pdl),
+            _frame_launch(kinds, group, pdl), tuple(pages),
+            _finish_launch(d, few, group, tables.tile_rows, planes, pdl),
         )  # fmt: skip
 
 
@@ -202,8 +202,8 @@ def run_extend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one layer: of new tokens to their prefixes and to each other.
 
-    q          [tokens, q_heads, d], request by request; k, v [tokens, kv_heads, d]; where more
-               than the tokens of one is not contiguous, it is copied
+    q          [tokens, q_heads, d], request by request; k, v [tokens, kv_heads, d]; copied
+               where their strides are not those of parts of one tensor [tokens, heads, d]
     arena      uint8, all slices
     entries    int64 [kv_heads, n, 2]: byte addresses of the slices of tables.pages in `arena`
     levels     int32 [kinds, kv_heads, 2]: levels [first, end) at which a head has each kind
@@ -213,14 +213,17 @@ def run_extend(
                MULTIPROCESSORS * programs // kv_heads
     Returns out like q, and lse float32 [tokens, q_heads], natural.
     """
-    tokens, heads, _ = q.shape
+    tokens, heads, d = q.shape
     kv_heads = frames.key_centre.shape[0]
     if heads % kv_heads or tokens != tables.tokens or k.shape[:2] != (tokens, kv_heads):
         raise ValueError(
             f"q, k: expected {tables.tokens} tokens and a multiple of {kv_heads} query heads, got "
             f"{list(q.shape)} and {list(k.shape)}"
         )
-    q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k, v))
+    if q.stride()[1:] != (d, 1):
+        q = q.contiguous()
+    if k.stride()[1:] != (d, 1) or v.stride() != k.stride():
+        k, v = k.contiguous(), v.contiguous()
     new, new_lse = attend_new_tokens(tables, q, k, v, scale)
     if not len(tables.items):
         return new, new_lse / LOG2_E
@@ -241,8 +244,8 @@ def _attend_prefix(
     kv_heads, rows = work.near.shape
     work.frame(
         (-(-rows // work.frame.constants["ROWS"]), kv_heads, len(work.pages)),
-        q, frames.key_picks.channel, frames.key_picks.weight, frames.key_centre, work.framed,
-        work.scales, work.near, len(q), q.stride(0), kv_heads, scale * LOG2_E, work.present,
+        q, frames.key_duals, frames.key_centre, work.framed, work.scales, work.near, len(q),
+        q.stride(0), kv_heads, scale * LOG2_E, work.present,
     )  # fmt: skip
     words = arena.view(torch.int32)
     grid = len(tables.items), kv_heads, 1
@@ -267,18 +270,16 @@ def _finish(
     work.finish(
         (len(tables.tiles) * parts, kv_heads, 1),
         work.partial, work.lse, tables.tiles, tables.requests,
-        frames.value_picks.channel, frames.value_picks.weight, frames.value_centre, work.near, new,
-        new_lse, out, lse, rows, len(tables.items), kv_heads,
+        frames.value_duals[work.planes[0] :], frames.value_centre, work.near, new, new_lse, out,
+        lse, rows, len(tables.items), kv_heads,
     )  # fmt: skip
     return out, lse
 
 
 @cache
-def _frame_launch(kinds: tuple[Kind, ...], group: int, ptx: bool, pdl: bool) -> Launch:
+def _frame_launch(kinds: tuple[Kind, ...], group: int, pdl: bool) -> Launch:
     constants = frame_constants([keys for keys, _ in kinds], group)
-    return Launch(
-        frame_rows, **constants, PTX=ptx, PDL=pdl, num_warps=FRAME_WARPS, **launch_options(pdl)
-    )
+    return Launch(frame_rows, **constants, PDL=pdl, num_warps=FRAME_WARPS, **launch_options(pdl))
 
 
 @cache
@@ -303,12 +304,12 @@ def _page_launch(
 
 @cache
 def _finish_launch(
-    head_dim: int, few: bool, group: int, rows: int, planes: tuple[int, ...], ptx: bool, pdl: bool
+    head_dim: int, few: bool, group: int, rows: int, planes: tuple[int, ...], pdl: bool
 ) -> Launch:
     constants, warps = finish_constants(head_dim, few)
     return Launch(
-        finish_rows, **constants, G=group, M=rows, PLANES=planes, PTX=ptx, PDL=pdl,
-        num_warps=warps, **launch_options(pdl),
+        finish_rows, **constants, G=group, M=rows, PLANES=len(planes), BANDS=_bands(planes),
+        PDL=pdl, num_warps=warps, **launch_options(pdl),
     )  # fmt: skip
 
 
@@ -318,26 +319,23 @@ def finish_constants(head_dim: int, few: bool) -> tuple[dict[str, Any], int]:
     one would."""
     columns = columns_of(head_dim)
     rows, block, warps = (16, 128, 8) if few else (32, 32, 4)
-    constants = {
-        "D": head_dim, "DC": columns, "ROWS": rows, "BLOCK": min(block, columns),
-        "BANDS": (1, BANDS), "HADAMARD": _blocks(head_dim),
-    }  # fmt: skip
+    constants = {"D": head_dim, "DC": columns, "ROWS": rows, "BLOCK": min(block, columns)}
     return constants, warps
 
 
-def _blocks(head_dim: int) -> tuple[int, int]:
-    """Of the rotations of FRAMES."""
-    return hadamard_block(head_dim), hadamard_block(head_dim // BANDS)
+def _bands(planes: tuple[int, ...]) -> tuple[int, ...]:
+    """Bands of frames of FRAMES."""
+    return tuple((1, 4)[plane] for plane in planes)
 
 
 def frame_constants(keys: Sequence[SliceLayout], group: int) -> dict[str, Any]:
-    """What frame_rows is specialised on, for keys of these kinds."""
+    """What frame_rows is specialised on, for keys of these kinds. Wide frames come in blocks: whole
+    ones, in three terms, exceed shared memory."""
     columns = columns_of(keys[0].head_dim)
     wide = columns > 128
     return {
         "D": keys[0].head_dim, "DC": columns, "STEPS": tuple(steps_of_bands(side) for side in keys),
-        "CALIBRATED": tuple(FRAMES.index(side.pattern.frame) for side in keys),
-        "HADAMARD": _blocks(keys[0].head_dim), "G": group,
+        "PLANES": tuple(FRAMES.index(side.pattern.frame) for side in keys), "G": group,
         "ROWS": _FRAME_ROWS // (2 if wide else 1), "BLOCK": 32 if wide else columns,
     }  # fmt: skip
 

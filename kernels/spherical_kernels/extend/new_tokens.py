@@ -22,9 +22,12 @@ _BLOCK, _BLOCK_BYTES = 64, 16 << 10  # new tokens read at once, at most; of thei
 def attend_new_tokens(
     tables: ExtendTables, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [tokens, q_heads, d], k and v [tokens, kv_heads, d], each contiguous but for its tokens,
-    request by request as `tables` say -> out [tokens, q_heads, d], lse float32 [tokens, q_heads] in
-    base 2."""
+    """Attention of new tokens to those of their request that came before, and to themselves.
+
+    q     [tokens, q_heads, d], k and v [tokens, kv_heads, d], of one stride; each contiguous but
+          for its tokens, request by request as `tables` say
+    Returns out [tokens, q_heads, d], lse float32 [tokens, q_heads], base 2.
+    """
     tokens, heads, d = q.shape
     kv_heads = k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -33,7 +36,7 @@ def attend_new_tokens(
     parts = tables.tile_rows // launch.constants["ROWS"]
     launch(
         (len(tables.tiles) * parts, kv_heads, 1),
-        q, k, v, tables.tiles, tables.requests, out, lse, q.stride(0), k.stride(0), v.stride(0),
+        q, k, v, tables.tiles, tables.requests, out, lse, q.stride(0), k.stride(0),
         kv_heads, scale * LOG2_E,
     )  # fmt: skip
     return out, lse
@@ -41,21 +44,17 @@ def attend_new_tokens(
 
 @cache
 def _launch(head_dim: int, element_bytes: int, tile_rows: int, group: int) -> Launch:
-    constants, warps = new_rows_constants(head_dim, element_bytes, tile_rows)
-    return Launch(attend_new_rows, G=group, **constants, num_warps=warps)
+    constants = new_rows_constants(head_dim, element_bytes, tile_rows)
+    return Launch(attend_new_rows, G=group, **constants, num_warps=4)
 
 
-def new_rows_constants(
-    head_dim: int, element_bytes: int, tile_rows: int
-) -> tuple[dict[str, int], int]:
-    """What the kernel is specialised on, but for the query heads of a KV head, and its warps: of
-    wide heads four would not hold the rows."""
+def new_rows_constants(head_dim: int, element_bytes: int, tile_rows: int) -> dict[str, int]:
+    """What the kernel is specialised on, but for the query heads of a KV head."""
     columns = columns_of(head_dim)
     block = min(_BLOCK, _BLOCK_BYTES // (columns * element_bytes))
-    constants = {
+    return {
         "D": head_dim, "DP": columns, "M": tile_rows, "ROWS": min(_ROWS, tile_rows), "BLOCK": block
     }  # fmt: skip
-    return constants, 8 if columns > 128 else 4
 
 
 def columns_of(head_dim: int) -> int:
