@@ -25,7 +25,11 @@ def table(rows: list[Row]) -> str:
     lines = ["| workload | working set | " + " | ".join(heads) + " |"]
     lines.append("|---" * (2 + len(heads)) + "|")
     cells = {(row["workload"], row["working_set"], row["server"]): row for row in rows}
-    for workload, working_set in dict.fromkeys(key[:2] for key in cells):
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
+    pairs = {key[:2] for key in cells}
+    for workload, working_set in sorted(
+        pairs, key=lambda pair: (workloads.index(pair[0]), pair[1])
+    ):
         line = [workload, f"{working_set:g}×"]
         for key, form in (
             ("token_hit_rate", "{:.1%}"),
@@ -55,6 +59,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         hits, ttft, tiers = axes[:, column]
         for server in dict.fromkeys(row["server"] for row in rows):
             mine = [row for row in rows if row["server"] == server]
+            mine.sort(key=lambda row: row["working_set"])
             x = [row["working_set"] for row in mine]
             style = {"color": COLOURS[server], "marker": "o"}
             hits.plot(x, [100 * row["token_hit_rate"] for row in mine], label=server, **style)
