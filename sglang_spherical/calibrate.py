@@ -3,8 +3,9 @@
 A few windows of text run through the model; the file keeps, per layer and KV head, the mean and the
 spread of what is cached and the size of the queries that read it. It is bound to this model.
 Gradients of further windows say what coding each of them in one bit pattern or another would do to
-the predictions, so that a server can give heads patterns of their own. They take most of the time.
-Without a file a server learns the same from its first prompts, and forgets it at every flush.
+the predictions, by which a server gives heads patterns of their own. They take most of the time.
+Without a file a server learns its frames from its first prompts, goes by an estimate in place of
+gradients, and forgets both at every flush.
 """
 
 from __future__ import annotations

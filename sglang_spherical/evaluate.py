@@ -142,6 +142,7 @@ def _prepare(
     from sglang_spherical.config import SphericalConfig
     from sglang_spherical.evaluation import inputs, runner
     from sglang_spherical.pool.choice import choose_kinds
+    from sglang_spherical.pool.estimate import expected_distortion
     from sglang_spherical.pool.frames import Frames
     from sglang_spherical.pool.layout import PageLayout, default_levels
 
@@ -155,10 +156,12 @@ def _prepare(
     frames = Frames(layers, kv_heads, head_dim, args.page_size, args.device)
     if known is not None:
         frames.load(known.centre, known.gain, known.spread)
-        if known.distortion is not None:
-            layout = layout.with_kinds(choose_kinds(layout, known.distortion))
+        distortion = known.distortion
     else:
         runner.learn_frames(model, frames, spare)
+        distortion = expected_distortion(frames)
+    if distortion is not None:
+        layout = layout.with_kinds(choose_kinds(layout, distortion))
     if compared:
         runner.learn_comparators(model, compared, spare)
     return runner.Evaluation(model, layout, frames, tiers, compared)

@@ -23,8 +23,9 @@ SAMPLE_EVERY = 8
 """Queries of a window's second half whose attention is compared with exact keys: every eighth."""
 
 
-Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Takes layer, queries [q_heads, tokens, d], keys and values [kv_heads, tokens, d] of a window."""
+Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], None]
+"""Takes layer, queries [q_heads, tokens, d], keys and values [kv_heads, tokens, d] of a window, and
+the scale of logits."""
 
 
 class CacheForm(Protocol):
@@ -103,7 +104,7 @@ class MeasuredAttention(WindowAttention):
     ) -> torch.Tensor:
         q, k, v = query[0], key[0], value[0]
         for observe in self.observers:
-            observe(layer, q, k, v)
+            observe(layer, q, k, v, scale)
         if self.coded is None:
             return scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=scale, enable_gqa=True

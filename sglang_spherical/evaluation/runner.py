@@ -30,14 +30,16 @@ from sglang_spherical.pool.layout import PageLayout
 def learn_frames(model: Any, frames: Frames, windows: Iterable[torch.Tensor]) -> None:
     """Lets frames observe windows int64 [tokens] as if they were prompts, and freezes them."""
 
-    def observe(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def observe(
+        layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> None:
         """What the server's pool does with a prefill before its tokens are written."""
         positions = torch.arange(k.shape[1], device=k.device)
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         centre = frames.new_centre(layer, k, v, positions)
         if centre is not None:
             frames.freeze_centre(layer, centre)
-        frames.observe(layer, q, k, v, positions)
+        frames.observe(layer, q, k, v, positions, scale)
 
     _observe(model, observe, windows)
     frames.calibrate()
@@ -48,7 +50,9 @@ def learn_comparators(
 ) -> None:
     """Lets comparators learn from windows int64 [tokens], each from the last one."""
 
-    def observe(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def observe(
+        layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> None:
         for comparator in compared:
             comparator.learn(layer, KEYS, k.float())
             comparator.learn(layer, VALUES, v.float())

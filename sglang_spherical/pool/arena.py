@@ -44,7 +44,6 @@ class Arena:
         device: torch.device | str,
         region: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        self.layout = layout
         self.num_blocks = num_blocks
         self.num_pages = num_pages
         blocks = num_blocks + layout.hot_blocks
@@ -58,17 +57,30 @@ class Arena:
             num_pages, layout.hot_blocks, dtype=torch.int32, device=device
         )
         self.page_level = torch.zeros(num_pages, dtype=torch.uint8, device=device)
-        self._templates = [layout.descriptors(i).to(device) for i in range(len(layout.levels))]
         self.kinds = layout.kinds
-        self.kind_of = layout.kind_table().to(device)
-        kinds = torch.arange(len(self.kinds), device=device).view(-1, 1, 1, 1)
-        ends = [(self.kind_of < kinds).sum(1), (self.kind_of <= kinds).sum(1)]
-        self.kind_levels = torch.stack(ends, -1).transpose(0, 1).to(torch.int32).contiguous()
-        _, slot, offset = split_descriptor(torch.stack(self._templates))
-        self.places = torch.stack((slot, offset), -1).to(torch.int32)
+        slices = layout.layers, layout.kv_heads
+        levels = len(layout.levels)
+        self.kind_of = torch.zeros(levels, *slices, dtype=torch.int32, device=device)
+        of_kinds = layout.layers, len(self.kinds), layout.kv_heads, 2
+        self.kind_levels = torch.zeros(of_kinds, dtype=torch.int32, device=device)
+        self.places = torch.zeros(levels, *slices, SIDES, 2, dtype=torch.int32, device=device)
         self.moves = cache(self._moves)
+        self.assign(layout)
         sink = torch.arange(layout.hot_blocks, device=device)
         self.place_pages(torch.zeros(1, dtype=torch.int64, device=device), sink.unsqueeze(0))
+
+    def assign(self, layout: PageLayout) -> None:
+        """Gives heads the kinds that they have in `layout`, otherwise the arena's own, from now on:
+        every page must be hot. Tables keep their addresses, for graphs."""
+        self.layout = layout
+        self._templates = [layout.descriptors(i).to(self.device) for i in range(len(layout.levels))]
+        self.kind_of.copy_(layout.kind_table())
+        kinds = torch.arange(len(self.kinds), device=self.device).view(-1, 1, 1, 1)
+        ends = [(self.kind_of < kinds).sum(1), (self.kind_of <= kinds).sum(1)]
+        self.kind_levels.copy_(torch.stack(ends, -1).transpose(0, 1))
+        _, slot, offset = split_descriptor(torch.stack(self._templates))
+        self.places.copy_(torch.stack((slot, offset), -1))
+        self.moves.cache_clear()
 
     @property
     def device(self) -> torch.device:

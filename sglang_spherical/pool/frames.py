@@ -28,6 +28,13 @@ LARGEST = 65504.0
 SINK_TOKENS = 4
 """First positions, whose keys and values are unlike all others and are left out of statistics."""
 
+SAMPLED_QUERIES = 128
+"""Of a prefill, at most, whose attention is looked at."""
+
+SMALLEST_WEIGHT = 1e-6
+"""Of a head that was never seen to read an earlier page; all alike where no prompt is longer than
+two."""
+
 
 def _credible(x: torch.Tensor) -> torch.Tensor:
     """x in float32, zero where no healthy model gets to: one request must not spoil all others."""
@@ -36,7 +43,9 @@ def _credible(x: torch.Tensor) -> torch.Tensor:
 
 
 class HeadStatistics:
-    """Sums over observed tokens, per layer and KV head: squared queries, keys and values.
+    """Sums over observed tokens, per layer and KV head: squared queries, keys and values, and
+    squared probabilities with which sampled queries read earlier pages but
+    the first, which stays hot.
 
     Keys and values are taken around the mean of each run of `page_size` tokens, as pages will be.
     """
@@ -47,8 +56,10 @@ class HeadStatistics:
         shape = (layers, kv_heads, head_dim)
         self.query_square = torch.zeros(shape, device=device)
         self.spread_square = torch.zeros(SIDES, *shape, device=device)
+        self.read_square = torch.zeros(SIDES, *shape[:-1], device=device)
         self.query_count = [0] * layers
         self.spread_count = [0] * layers
+        self.read_count = [0] * layers
 
     def add(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, page_size: int
@@ -64,6 +75,34 @@ class HeadStatistics:
             )
         self.spread_count[layer] += whole
 
+    def add_attention(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        positions: torch.Tensor,
+        page_size: int,
+        scale: float,
+    ) -> None:
+        """q [n, kv_heads, group, d], unscaled, k [n, kv_heads, d], float32, sinks included,
+        positions [n]: consecutive tokens of one request or of several, one after another."""
+        pages = positions // page_size
+        asking = (pages > 1).nonzero().squeeze(-1)
+        asking = asking[:: -(-len(asking) // SAMPLED_QUERIES) or 1]
+        if not len(asking):
+            return
+        row = torch.arange(len(positions), device=positions.device)
+        start = positions - row  # the same for the tokens of a request
+        seen = (start == start[asking, None]) & (row <= asking[:, None])
+        coded = (pages < pages[asking, None]) & (pages > 0)  # the first stays hot
+        for head in range(k.shape[1]):  # one by one: what all take together may be too much
+            logits = q[asking, head].transpose(0, 1) * scale @ k[:, head].T
+            p = logits.masked_fill_(~seen, -torch.inf).softmax(-1)
+            read = p.masked_fill_(~coded, 0).square().sum()
+            self.read_square[KEYS, layer, head] += scale**2 * read
+            self.read_square[VALUES, layer, head] += read
+        self.read_count[layer] += len(asking)
+
     def gain(self) -> torch.Tensor:
         """Root mean square of the queries: [layers, kv_heads, d]."""
         count = torch.tensor(self.query_count, device=self.query_square.device)
@@ -74,12 +113,19 @@ class HeadStatistics:
         count = torch.tensor(self.spread_count, device=self.spread_square.device)
         return (self.spread_square / count.view(-1, 1, 1)).sqrt()
 
+    def weight(self) -> torch.Tensor:
+        """What the squared error of a query's product with a key, and of a value, counts for in
+        what is read of earlier pages: [2, layers, kv_heads]."""
+        count = torch.tensor(self.read_count, device=self.read_square.device)
+        return (self.read_square / count.clamp_min(1).unsqueeze(-1)).clamp_min(SMALLEST_WEIGHT)
+
     def reset(self) -> None:
         """Forgets everything observed."""
-        self.query_square.zero_()
-        self.spread_square.zero_()
+        for sums in (self.query_square, self.spread_square, self.read_square):
+            sums.zero_()
         self.query_count = [0] * len(self.query_count)
         self.spread_count = [0] * len(self.spread_count)
+        self.read_count = [0] * len(self.read_count)
 
 
 class Frames:
@@ -136,17 +182,26 @@ class Frames:
         return self.matrix[side, layer]
 
     def observe(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        scale: float,
     ) -> None:
         """Statistics of a prefill's tokens; nothing once the frames are calibrated.
 
-        q [n, q_heads, d], k and v [n, kv_heads, d] in the model's dtype, positions [n].
+        q [n, q_heads, d], k and v [n, kv_heads, d] in the model's dtype, positions [n]; scale is
+        that of logits.
         """
         if self.calibrated:
             return
+        q, k, v = (_credible(x) for x in (q, k, v))
+        q = q.unflatten(1, (k.shape[1], -1))
+        self.statistics.add_attention(layer, q, k, positions, self.page_size, scale)
         keep = positions >= SINK_TOKENS
-        q, k, v = (_credible(x[keep]) for x in (q, k, v))
-        self.statistics.add(layer, q.unflatten(1, (k.shape[1], -1)), k, v, self.page_size)
+        self.statistics.add(layer, q[keep], k[keep], v[keep], self.page_size)
 
     def new_centre(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor

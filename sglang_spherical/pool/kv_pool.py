@@ -15,6 +15,8 @@ from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.mem_cache.memory_pool import KVCache
 
 from sglang_spherical.pool.arena import Arena
+from sglang_spherical.pool.choice import choose_kinds
+from sglang_spherical.pool.estimate import expected_distortion
 from sglang_spherical.pool.frames import Frames
 from sglang_spherical.pool.layout import PageLayout
 from sglang_spherical.pool.order import DeviceOrder
@@ -58,7 +60,7 @@ class SphericalKVPool(KVCache):
             start_layer,
             end_layer,
         )
-        self.layout = layout
+        self._built = layout
         self.head_num = layout.kv_heads
         self.head_dim = self.v_head_dim = layout.head_dim
         hot_pages = size // layout.page_size
@@ -159,17 +161,33 @@ class SphericalKVPool(KVCache):
         if centre is not None:
             recentre_pages(self.arena, self.frames, index, pages_in_use(), centre)
             self.frames.freeze_centre(index, centre)
-        self.frames.observe(index, q, k, v, positions)
+        self.frames.observe(index, q, k, v, positions, layer.scaling)
 
     def lower(self, pages: torch.Tensor, old: int, new: int) -> torch.Tensor:
         """Re-encodes full pages [n] from level `old` to `new`; returns the blocks given back."""
+        self._calibrate()
         self.levels_seen.add(new)
         return lower_pages(self.arena, self.frames, pages, old, new, self.kernels)
+
+    def _calibrate(self) -> None:
+        """Before the first page is lowered: freezes the frames, and the patterns of heads unless
+        the pool was built with some. After a flush both may be others."""
+        if self.frames.calibrated:
+            return
+        self.frames.calibrate()
+        if self._built.chosen is None:
+            distortion = expected_distortion(self.frames)
+            self.arena.assign(self._built.with_kinds(choose_kinds(self._built, distortion)))
 
     def forget(self) -> None:
         """The cache was flushed: frames gathered online start again."""
         self.levels_seen = {0}
         self.frames.reset()
+
+    @property
+    def layout(self) -> PageLayout:
+        """Of pages, with the patterns that heads have now."""
+        return self.arena.layout
 
     @property
     def arena_bytes(self) -> int:

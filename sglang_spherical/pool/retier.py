@@ -21,11 +21,11 @@ PAGES_AT_ONCE = 16
 def lower_pages(
     arena: Arena, frames: Frames, pages: torch.Tensor, old: int, new: int, kernels: bool
 ) -> torch.Tensor:
-    """Re-encodes pages int64 [n] from level `old` to level `new`; all must be full.
+    """Re-encodes pages int64 [n] from level `old` to level `new`; all must be full, and the frames
+    calibrated.
 
     Returns the blocks they no longer own, int32 [n * (n(old) - n(new))].
     """
-    frames.calibrate()
     if kernels:
         reencode_pages(
             arena.bytes, arena.page_blocks, pages, arena.moves(old, new), frames.turns,

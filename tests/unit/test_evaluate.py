@@ -45,7 +45,7 @@ def coder(qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> TierCoder:
     frames = Frames(1, KV_HEADS, HEAD_DIM, PAGE, "cpu")
     frames.freeze_centre(0, torch.stack([k.mean(1), v.mean(1)]))
     by_token = q.flatten(0, 1).transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-    frames.observe(0, *by_token, torch.arange(TOKENS))
+    frames.observe(0, *by_token, torch.arange(TOKENS), 1.0)
     frames.calibrate()
     return TierCoder(frames, LEVELS)
 
@@ -213,7 +213,8 @@ def test_pages_go_down_through_the_tiers_named(tiny_model: Path, tmp_path: Path)
     assert straight["cold"]["bits_per_value"] == gradual["cold"]["bits_per_value"]
     assert straight["cold"]["value_error"] < gradual["cold"]["value_error"]
     assert 0 < gradual["cool"]["kl_mean"] < gradual["cold"]["kl_mean"]
-    assert gradual["cold"]["kl_mean"] < gradual["frozen"]["kl_mean"]
+    frozen = gradual["frozen"]["kl_mean"]
+    assert gradual["cold"]["kl_mean"] <= frozen, "the same where heads fill the same blocks"
 
 
 def cut(path: Path) -> Path:

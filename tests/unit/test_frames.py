@@ -31,7 +31,7 @@ def test_statistics_are_root_mean_squares_without_sinks() -> None:
     q = normal(2, 36, 4, 32)
     k[:, :SINK_TOKENS], v[:, :SINK_TOKENS], q[:, :SINK_TOKENS] = 1e4, 1e4, 1e4
     for layer in range(2):
-        pool.frames.observe(layer, q[layer], k[layer], v[layer], torch.arange(36))
+        pool.frames.observe(layer, q[layer], k[layer], v[layer], torch.arange(36), 0.125)
     grouped = q[:, 4:].unflatten(2, (2, 2))
     gain = grouped.square().mean((1, 3)).sqrt()
     torch.testing.assert_close(pool.frames.statistics.gain(), gain)

@@ -291,7 +291,7 @@ class Cache:
         total = self.pool.arena.num_blocks + self.layout.hot_blocks
         assert sorted(everything.tolist()) == list(range(total)), "blocks"
         for pages, level in owners:
-            template = self.layout.descriptors(level).unsqueeze(1)
+            template = self.pool.layout.descriptors(level).unsqueeze(1)
             assert bool((self.pool.arena.descriptors[:, pages] == template).all())
 
     def check_content(self) -> None:
@@ -314,9 +314,9 @@ class Cache:
         _, addresses = self.pool.arena.locate(pages)
         error = torch.zeros(tokens.shape)
         slices_of = SIDES * self.layout.layers * self.layout.kv_heads
-        for index, kind in enumerate(self.layout.assignment.of[level]):
+        for index, kind in enumerate(self.pool.layout.assignment.of[level]):
             layer, head = divmod(index, self.layout.kv_heads)
-            for side, layout in enumerate(self.layout.kinds[kind]):
+            for side, layout in enumerate(self.pool.layout.kinds[kind]):
                 slices = self.pool.arena.read_slices(layout, addresses[layer, :, head, side])
                 frames, frame = self.pool.frames, layout.pattern.frame
                 dual = frames.duals(frame, layer, side)[head].repeat(len(pages), 1, 1)
