@@ -85,14 +85,21 @@ def attend_later(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, page_size: i
 
     q [q_heads, tokens, d], scaled; k and v [kv_heads, tokens, d]. Returns the output, of q's shape.
     """
-    page = torch.arange(q.shape[1], device=q.device) // page_size
-    own = page[:, None] == page
-    future = torch.ones_like(own).triu(1)
     q = q.unflatten(0, (len(k), -1))
-    k, v = k.unsqueeze(1), v.unsqueeze(1)
-    logits = torch.where(own, q @ k.detach().mT, q @ k.mT).masked_fill(future, -torch.inf)
-    p = logits.softmax(-1)
-    return (p.masked_fill(own, 0) @ v + p.masked_fill(~own, 0) @ v.detach()).flatten(0, 1)
+    # Page by page: attention of a whole window at once costs most of its time in memory.
+    pages = [_attend_page(q, k, v, start, page_size) for start in range(0, q.shape[2], page_size)]
+    return torch.cat(pages, 2).flatten(0, 1)
+
+
+def _attend_page(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, page_size: int
+) -> torch.Tensor:
+    """That of the page's queries at `start`, q [kv_heads, group, tokens, d] being all of them."""
+    end = start + page_size
+    keys, values = (torch.cat([x[:, :start], x[:, start:end].detach()], 1) for x in (k, v))
+    logits = q[:, :, start:end] @ keys.unsqueeze(1).mT
+    future = torch.ones_like(logits[0, 0], dtype=torch.bool).triu(start + 1)
+    return logits.masked_fill(future, -torch.inf).softmax(-1) @ values.unsqueeze(1)
 
 
 def distortion(model: Any, coder: Coder, windows: Iterable[torch.Tensor]) -> torch.Tensor:
