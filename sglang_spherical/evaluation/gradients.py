@@ -102,14 +102,20 @@ def _attend_page(
     return logits.masked_fill(future, -torch.inf).softmax(-1) @ values.unsqueeze(1)
 
 
-def distortion(model: Any, coder: Coder, windows: Iterable[torch.Tensor]) -> torch.Tensor:
+def distortion(
+    model: Any,
+    coder: Coder,
+    windows: Iterable[torch.Tensor],
+    gradients: Gradients | None = None,
+) -> torch.Tensor:
     """D of every slice for every pattern of `CHOICES`, per token, in nats.
 
     windows int64 [tokens] of whole pages; a window's first page, which stays hot, is left out.
+    gradients  of what; None: as the module says
     Returns float64 [2 (keys, values), layers, kv_heads, choices]. Afterwards the model's weights
     take no gradients, and its attention is `Gradients`: install what comes next.
     """
-    gradients = Gradients(coder.frames.page_size)
+    gradients = gradients or Gradients(coder.frames.page_size)
     gradients.install(model)
     model.requires_grad_(False).train()  # no model served here drops anything
     model.gradient_checkpointing_enable({"use_reentrant": False})
