@@ -7,6 +7,7 @@ running: what is compiled is what they ask for.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from itertools import combinations
 
 import torch
@@ -113,9 +114,10 @@ def _reencode(pool: SphericalKVPool) -> None:
     )
     pages = torch.empty(1, dtype=torch.int64, device=device)
     for old, new in combinations(range(len(layout.levels)), 2):
-        reencode_pages(
-            arena.bytes, arena.page_blocks, pages, arena.moves(old, new), turns, layout.block_bytes
-        )
+        moves = arena.moves(old, new)
+        # heads that pick their patterns may keep one from level to level
+        moves = replace(moves, kept=moves.whole)
+        reencode_pages(arena.bytes, arena.page_blocks, pages, moves, turns, layout.block_bytes)
 
 
 def _empty(pool: SphericalKVPool, dtype: torch.dtype, *shape: int) -> torch.Tensor:

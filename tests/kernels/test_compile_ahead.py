@@ -24,6 +24,8 @@ import fake_gpu
 import loop_carries
 from backend_tools import GROUP, HEADS, Prompt, Runner
 from sglang_spherical.attention.compile_ahead import compile_kernels
+from sglang_spherical.frame_file import CHOICES
+from sglang_spherical.pool.choice import choose_kinds
 from spherical_kernels.decode import ends, kernel
 from spherical_kernels.encode.kernel import encode_tokens_kernel
 from spherical_kernels.extend import ends as extend_ends
@@ -56,6 +58,10 @@ ones = torch.ones_like(pool.frames.centre)
 pool.frames.load(ones, ones[0], ones)
 compile_kernels(pool, runner.req_to_token, HEADS * GROUP, torch.bfloat16)
 before = compiled()
+# as on a server that learns from its first prompts, heads pick their patterns later
+distortion = torch.rand(2, *pool.frames.centre.shape[1:3], 1) * 4.0 ** torch.arange(len(CHOICES[0]))
+pool.arena.assign(pool.layout.with_kinds(choose_kinds(pool.layout, distortion)))
+assert any(len(pool.arena.moves(old, old + 1).kept) for old in range(1, 4))
 print(sorted({name for name, _ in before}))
 first, second = Prompt(1, 0), Prompt(2, 1)
 with device.compiling(2):
@@ -66,8 +72,9 @@ with device.compiling(2):
     runner.decode(first)
     runner.decode(first, second)
     pages = torch.arange(4)
-    pool.lower(pages[1:], 0, 1)
-    pool.lower(pages[2:], 1, 3)
+    for level in range(1, len(pool.layout.levels)):
+        pool.lower(pages[1:], level - 1, level)
+    pool.lower(pages[2:], 0, 3)
 print(sorted({name for name, _ in compiled() - before}))
 """
 
