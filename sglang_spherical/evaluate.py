@@ -63,6 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="other codecs to measure, by commas, or `all`: fp8, fp8-scaled, kivi4, kivi2, lloyd4, "
         "lloyd3, codebook16x64 and 16x16, 16x8, 32x64, 32x16, 32x8 (default: none)",
     )
+    parser.add_argument(
+        "--alike",
+        action="store_true",
+        help="heads of a page are coded alike, by its level's bits",
+    )
     parser.add_argument("--json", type=Path, required=True, help="file for all figures")
     parser.add_argument("--plot", type=Path, help="PNG file: divergence against bits per value")
 
@@ -160,7 +165,7 @@ def _prepare(
     else:
         runner.learn_frames(model, frames, spare)
         distortion = expected_distortion(frames)
-    if distortion is not None:
+    if distortion is not None and not args.alike:
         layout = layout.with_kinds(choose_kinds(layout, distortion))
     if compared:
         runner.learn_comparators(model, compared, spare)

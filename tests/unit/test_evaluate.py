@@ -202,6 +202,16 @@ def test_frames_from_a_file_and_the_tiers_asked_for(tiny_model: Path, tmp_path: 
 
 
 @pytest.mark.usefixtures("short_windows")
+def test_heads_are_alike_where_that_is_asked(tiny_model: Path, tmp_path: Path) -> None:
+    """By default they pick their patterns, as on a server without a calibration file."""
+    found = []
+    for options in ([], ["--alike"]):
+        assert evaluate(tiny_model, tmp_path, "--windows", "1", "--tiers", "cold", *options) == 0
+        found.append(json.loads((tmp_path / "out.json").read_text())["runs"][-1]["kl_mean"])
+    assert found[0] != found[1]
+
+
+@pytest.mark.usefixtures("short_windows")
 def test_pages_go_down_through_the_tiers_named(tiny_model: Path, tmp_path: Path) -> None:
     found = {}
     for tiers in ("cold", "cool,cold,frozen"):
