@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..plan.kernel import read_pages
+
 
 @triton.jit(do_not_specialize_on_alignment=["Slots"])
 def sort_prefixes(
@@ -26,23 +28,17 @@ def sort_prefixes(
     count = tl.load(First + request + 1) - first
     row = ReqToToken + tl.load(Slots + request).to(tl.int64) * stride
     levels = tl.arange(0, LP)
-    step = tl.arange(0, BLOCK)
 
     total = tl.zeros([LP], tl.int32)
     for start in range(0, count, BLOCK):
-        index = start + step
-        page = tl.load(row + index * PAGE, mask=index < count, other=0) // PAGE
-        level = tl.load(PageLevel + page, mask=index < count, other=LP).to(tl.int32)
-        total += tl.sum((level[:, None] == levels[None, :]).to(tl.int32), 0)
+        _, _, _, mine = read_pages(row, start, count, PageLevel, PAGE, LP, BLOCK)
+        total += tl.sum(mine, 0)
     base = first + tl.cumsum(total, 0) - total
     # the end of the last level is where the next request starts
     tl.store(Runs + request * LEVELS + levels, base, mask=levels <= LEVELS)
 
     for start in range(0, count, BLOCK):
-        index = start + step
-        page = tl.load(row + index * PAGE, mask=index < count, other=0) // PAGE
-        level = tl.load(PageLevel + page, mask=index < count, other=LP).to(tl.int32)
-        mine = (level[:, None] == levels[None, :]).to(tl.int32)
+        index, page, level, mine = read_pages(row, start, count, PageLevel, PAGE, LP, BLOCK)
         rank = tl.cumsum(mine, 0) - mine + base[None, :]
         place = tl.sum(mine * rank, 1)
         tl.store(Pages + place, page, mask=index < count)

@@ -15,6 +15,17 @@ START_PAGES = tl.constexpr(4)  # what an item costs beside its pages, in pages
 
 
 @triton.jit
+def read_pages(row, start, count, PageLevel, PAGE: tl.constexpr, LP: tl.constexpr,
+               BLOCK: tl.constexpr):  # fmt: skip
+    """Pages [start, start + BLOCK) of a row of token locations, of which there are `count`: index,
+    id, level, and whether it is of each level, int32 [BLOCK, LP]."""
+    index = start + tl.arange(0, BLOCK)
+    page = tl.load(row + index * PAGE, mask=index < count, other=0) // PAGE
+    level = tl.load(PageLevel + page, mask=index < count, other=LP).to(tl.int32)
+    return index, page, level, (level[:, None] == tl.arange(0, LP)[None, :]).to(tl.int32)
+
+
+@triton.jit
 def sort_pages(
     ReqToToken, Slots, Lengths, PageLevel, Pages, Runs, stride, max_pages, runs,
     PAGE: tl.constexpr, LP: tl.constexpr, BLOCK: tl.constexpr,
@@ -32,22 +43,16 @@ def sort_pages(
     count = tl.minimum((length + PAGE - 1) // PAGE, max_pages)
     row = ReqToToken + tl.load(Slots + request).to(tl.int64) * stride
     levels = tl.arange(0, LP)
-    step = tl.arange(0, BLOCK)
 
     total = tl.zeros([LP], tl.int32)
     for start in range(0, count, BLOCK):
-        index = start + step
-        page = tl.load(row + index * PAGE, mask=index < count, other=0) // PAGE
-        level = tl.load(PageLevel + page, mask=index < count, other=LP).to(tl.int32)
-        total += tl.sum((level[:, None] == levels[None, :]).to(tl.int32), 0)
+        _, _, _, mine = read_pages(row, start, count, PageLevel, PAGE, LP, BLOCK)
+        total += tl.sum(mine, 0)
     first = tl.cumsum(total, 0) - total
 
     base = first
     for start in range(0, count, BLOCK):
-        index = start + step
-        page = tl.load(row + index * PAGE, mask=index < count, other=0) // PAGE
-        level = tl.load(PageLevel + page, mask=index < count, other=LP).to(tl.int32)
-        mine = (level[:, None] == levels[None, :]).to(tl.int32)
+        index, page, _, mine = read_pages(row, start, count, PageLevel, PAGE, LP, BLOCK)
         rank = tl.cumsum(mine, 0) - mine + base[None, :]
         place = tl.sum(mine * rank, 1)
         tl.store(Pages + request.to(tl.int64) * max_pages + place, page, mask=index < count)
