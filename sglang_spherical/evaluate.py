@@ -3,7 +3,8 @@
 Windows of 2,048 tokens under teacher forcing: queries read the page they are in, and the first one,
 at the hot tier, and everything between at the tier measured. Codes come from the server's encoder,
 reached as the server reaches them: hot when written, and every tier named from the one before it.
-Frames come from a file, or are calibrated on the window after the last one scored.
+Frames, and what heads choose their patterns by, come from a file, or are learnt as a server learns
+them, from the window after the last one scored.
 
 Comparators (--compare) go through the same windows. They read the page of the query and the first
 one exactly, and learn scales and codebooks from the same unscored window.

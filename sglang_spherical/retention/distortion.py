@@ -5,7 +5,7 @@ Measured on SmolLM2-135M-Instruct in float32 over 4 windows of 2,048 tokens of N
 pages going down from one level to the next:
 
     python -m sglang_spherical evaluate --model DIR --text opticks.txt --windows 4
-        --tiers hot,warm,cool,cold,frozen --json OUT.json
+        --tiers hot,warm,cool,cold,frozen --alike --json OUT.json
 
 (`benchmarks/results/ladder_smollm2.json`; for other bits, levels of those bits in place of these).
 One table serves all models: the policy reads ratios, and the model's own would have to be measured
