@@ -12,7 +12,7 @@ from sglang_spherical import frame_file
 pytestmark = pytest.mark.e2e
 
 
-@pytest.mark.parametrize("unlike", [False, True], ids=["heads alike", "heads unlike, page 16"])
+@pytest.mark.parametrize("unlike", [False, True], ids=["without a file", "with a file, page 16"])
 def test_a_short_soak(repo_root, tiny_model, tmp_path, unlike):
     found, log = tmp_path / "soak.json", tmp_path / "server.log"
     command = [sys.executable, "benchmarks/soak.py", "--model", str(tiny_model)]
