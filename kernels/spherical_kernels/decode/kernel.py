@@ -78,6 +78,17 @@ def of_kind(kinds, kind, field):
     return kinds[kind][field]
 
 
+@triton.constexpr_function
+def code_offset(bands, band, rest):
+    """What a centroid's code exceeds its level by, in units of what a band's do: the nearest
+    float16, or what that leaves (rest), as beside codes of six bits."""
+    import struct
+
+    exact = CODE_OFFSET.value / bands[band][0]
+    (nearest,) = struct.unpack("<e", struct.pack("<e", exact))
+    return exact - nearest if rest else nearest
+
+
 @triton.jit
 def load_tile(at, inside, WORDS: tl.constexpr, PADDED: tl.constexpr):
     """A tile whose rows are padded to a width that tl.dot takes."""
@@ -165,10 +176,13 @@ def attend_pages(
                 first_word += tl.where(n % 4 == j - 1, VC[i][j], 0)
             word = w % VC[i][0] if FOLD == 2 else w  # rows beyond a tile's are not stored
             centroid_at = centroid_at + (word[:, None] + first_word[None, :],)
+        rest = (n % 2 == 1)[None, :]
         for u in tl.static_range(0, len(VB), EACH):
-            even, odd = CODE_OFFSET / VB[u][0], CODE_OFFSET / VB[u + EACH - 1][0]
-            their = tl.where(n < 8, even, odd).to(tl.float16)
-            code_offsets = code_offsets + (tl.broadcast_to(their[:, None], [16, 16]),)
+            upper = tl.where(rest, code_offset(VB, u, 1), code_offset(VB, u, 0))
+            lower = code_offset(VB, u + EACH - 1, 0)
+            lower = tl.where(rest, code_offset(VB, u + EACH - 1, 1), lower)
+            their = tl.where((n < 8)[:, None], upper, lower)
+            code_offsets = code_offsets + (their.to(tl.float16),)
 
     # numbers that are alike in all lanes the compiler puts into uniform registers, and waits at the
     # end of an iteration for what only the next one needs: it must not know that they are alike
@@ -299,7 +313,7 @@ def attend_pages(
                     in_even * (SHARE / VB[u][1]), in_odd * (SHARE / VB[u + EACH - 1][1]), PTX
                 )
                 shares = shares + (words,)
-                own = words_to_operand(words & word_mask(0), PTX)
+                own = words_to_operand(words & (word_mask(0) | word_mask(1)), PTX)
                 sums = tl.dot(code_offsets[u // EACH], own, sums)
             new_weight = new_weight + (sums,)
         if CALIBRATED:
