@@ -42,8 +42,8 @@ def _patterns(*bits: tuple[int, ...]) -> tuple[Pattern, ...]:
 
 
 CHOICES = (
-    _patterns((6, 4, 4, 2), (4, 4, 2, 2), (4, 2, 2, 2), (4, 2, 1, 1)),
-    _patterns((4, 4, 4, 4), (4, 4, 2, 2), (4, 2, 2, 2), (2, 2, 2, 2)),
+    _patterns((8, 6, 6, 4), (6, 4, 4, 2), (4, 4, 2, 2), (4, 2, 2, 2), (4, 2, 1, 1)),
+    _patterns((6, 6, 6, 6), (4, 4, 4, 4), (4, 4, 2, 2), (4, 2, 2, 2), (2, 2, 2, 2)),
 )
 """Patterns of keys and of values that a (layer, KV head) may choose among, in the file's order.
 

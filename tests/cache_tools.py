@@ -53,7 +53,7 @@ def unlike_heads(layout: PageLayout) -> PageLayout:
     """The same pages, with patterns that differ between (layer, KV head)s."""
     weight = (4 * normal(layout.layers, layout.kv_heads, 1)).exp()
     return layout.with_kinds(
-        choose_kinds(layout, weight * torch.tensor([1.0, 2.0, 4.0, 8.0]).expand(2, 1, 1, -1))
+        choose_kinds(layout, weight * torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0]).expand(2, 1, 1, -1))
     )
 
 

@@ -22,6 +22,7 @@ from spherical_kernels.testing import POISON, assert_close, poison
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE, GAP = 64, 64
 HOT, HOT4 = (PATTERNS[0], PATTERNS[0]), (PATTERNS[1], PATTERNS[1])
+FINE = PATTERNS[8], PATTERNS[9]
 WARM = PATTERNS[2], PATTERNS[3]
 COOL = PATTERNS[4], PATTERNS[4]
 COLD = PATTERNS[5], PATTERNS[6]

@@ -30,6 +30,7 @@ from spherical_kernels.testing import POISON, assert_close
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOT = PATTERNS[0], PATTERNS[0]
 HOT4 = PATTERNS[1], PATTERNS[1]
+FINE = PATTERNS[8], PATTERNS[9]
 WARM = PATTERNS[2], PATTERNS[3]
 COLD = PATTERNS[5], PATTERNS[6]
 THREE = PATTERNS[4], PATTERNS[4]

@@ -14,7 +14,9 @@ import torch
 
 from sglang_spherical.attention.decode_plan import DecodeTables
 from sglang_spherical.attention.extend_plan import ExtendPlan
+from sglang_spherical.pool.arena import KEYS, VALUES
 from sglang_spherical.pool.kv_pool import SphericalKVPool
+from sglang_spherical.pool.layout import SIDES
 from spherical_kernels.decode.launch import LARGE_BATCH
 from spherical_kernels.device import compiling
 from spherical_kernels.encode.launch import SMALL_TOKENS, NewTokens, encode_tokens
@@ -25,7 +27,7 @@ from spherical_kernels.extend.launch import (
     tuning_for,
 )
 from spherical_kernels.extend.tables import ExtendTables
-from spherical_kernels.retier.launch import Turns, reencode_pages
+from spherical_kernels.retier.launch import Move, Moves, Turns, reencode_pages
 
 MOST_THREADS = 16
 
@@ -107,15 +109,20 @@ def _tables(
 def _reencode(pool: SphericalKVPool) -> None:
     layout, arena = pool.layout, pool.arena
     d, device = layout.head_dim, arena.device
-    sides = 2, layout.layers, layout.kv_heads
+    shape = SIDES, layout.layers, layout.kv_heads
     turns = Turns(
-        torch.empty(*sides, d, d, dtype=torch.float16, device=device),
-        torch.empty(sides, dtype=torch.float32, device=device),
+        torch.empty(*shape, d, d, dtype=torch.float16, device=device),
+        torch.empty(shape, dtype=torch.float32, device=device),
     )
     pages = torch.empty(1, dtype=torch.int64, device=device)
-    for old, new in combinations(range(len(layout.levels)), 2):
-        moves = arena.moves(old, new)
-        # heads that pick their patterns may keep one from level to level
+    slices = layout.layers * layout.kv_heads
+    one = torch.zeros(1, dtype=torch.int32, device=device)
+    # of kinds and not of levels: those that heads pick from their first prompts come later
+    for old, new in combinations(arena.kinds, 2):
+        both = [Move(side, old[side], new[side], one) for side in (KEYS, VALUES)]
+        sizes = [side.size_bytes for side in new] * slices
+        moves = Moves.over(both, arena.places[0], arena.places[-1], sizes)
+        # heads may keep theirs from level to level
         moves = replace(moves, kept=moves.whole)
         reencode_pages(arena.bytes, arena.page_blocks, pages, moves, turns, layout.block_bytes)
 

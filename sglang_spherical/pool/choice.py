@@ -1,7 +1,7 @@
 """Chooses which pair of patterns each (layer, KV head) has at each level: rate against distortion.
 
-A level's blocks are a budget of bytes, the pairs of all levels below hot what it can be spent on:
-where errors weigh little a page is coarser than its level, where they weigh much it is finer.
+A level's blocks are a budget of bytes, `PageLayout.choices` what it can be spent on: where errors
+weigh little a page is coarser than its level, where they weigh much it is finer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from sglang_spherical.frame_file import CHOICES
 from sglang_spherical.pool.assignment import Assignment, Kind, pack_mixed
-from sglang_spherical.pool.layout import PageLayout
+from sglang_spherical.pool.layout import PageLayout, kind_layouts
 
 Loss = NDArray[np.float64]
 """[slices, pairs], expected of every (layer, KV head); infinite where it may not have the pair."""
@@ -40,27 +40,25 @@ def choose_kinds(layout: PageLayout, distortion: torch.Tensor) -> Assignment:
     expected = 2, layout.layers, layout.kv_heads, len(CHOICES[0])
     if distortion.shape != expected:
         raise ValueError(f"distortion: expected {list(expected)}, got {list(distortion.shape)}")
-    uniform = layout.assignment
-    lower = range(1, len(layout.levels))
-    loss = _loss(distortion, [layout.levels[level].pair for level in lower])
-    sizes = np.array([[side.size_bytes for side in layout.side_layouts(level)] for level in lower])
-    kinds = np.array([uniform.of[level][0] for level in lower])
+    uniform, pairs = layout.assignment, layout.choices
+    loss = _loss(distortion, pairs)
+    sides = [kind_layouts(pair, layout.page_size, layout.head_dim) for pair in pairs]
+    sizes = np.array([[side.size_bytes for side in pair] for pair in sides])
     chosen, above = [uniform.of[0]], np.zeros(len(loss), np.int64)
-    for level in lower:
-        allowed = np.where(np.arange(len(lower)) < above[:, None], np.inf, loss)
-        above = _fitting(layout, level, allowed, sizes, np.maximum(above, level - 1))
-        chosen.append(tuple(kinds[above].tolist()))
+    for level, rung in enumerate(layout.levels[1:], 1):
+        allowed = np.where(np.arange(len(pairs)) < above[:, None], np.inf, loss)
+        above = _fitting(layout, level, allowed, sizes, np.maximum(above, pairs.index(rung.pair)))
+        chosen.append(tuple((1 + above).tolist()))
     return Assignment(uniform.kinds, tuple(chosen))
 
 
 def expected_change(layout: PageLayout, distortion: torch.Tensor) -> tuple[float, ...]:
     """By how much the kinds of a layout change the loss of each level below hot, against its own
     pair for all heads: -0.3 is 30 % less. Arguments as of `choose_kinds`."""
-    calibrated = layout.assignment.kinds[1:]
-    loss = _loss(distortion, calibrated)
+    loss = _loss(distortion, layout.choices)
     changes = []
     for level, rung in enumerate(layout.levels[1:], 1):
-        own = float(loss[:, calibrated.index(rung.pair)].sum())
+        own = float(loss[:, layout.choices.index(rung.pair)].sum())
         kinds = np.array(layout.assignment.of[level]) - 1
         changes.append(float(loss[np.arange(len(loss)), kinds].sum()) / own - 1 if own else 0.0)
     return tuple(changes)

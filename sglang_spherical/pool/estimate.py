@@ -21,7 +21,7 @@ from sglang_spherical.frame_file import CHOICES
 from sglang_spherical.pool.arena import VALUES
 from sglang_spherical.pool.frames import Frames
 
-WIDTH_ERROR = {6: 0.0006, 4: 0.0081, 2: 0.107, 1: 0.348}
+WIDTH_ERROR = {8: 0.00008, 6: 0.0006, 4: 0.0081, 2: 0.107, 1: 0.348}
 """Of a normal channel's variance, by bits of its code, after hot: measured through the encoder."""
 
 

@@ -111,10 +111,20 @@ class PageLayout:
         return tuple(max(block for block, _ in places) + 1 for places in self._alike)
 
     @cached_property
+    def choices(self) -> tuple[Kind, ...]:
+        """Pairs of patterns that a head may have below hot, finest first: those of the levels, and
+        a finer one for heads that the first of them costs too much."""
+        hot, *lower = (level.pair for level in self.levels)
+        finer = [_FINER[pair] for pair in lower[:1] if pair in _FINER]
+        finer = [pair for pair in finer if pair[0].average_bits < hot[0].average_bits]
+        return tuple(dict.fromkeys(finer + lower))
+
+    @cached_property
     def assignment(self) -> Assignment:
         """The kinds of this rank's heads."""
         pairs = [level.pair for level in self.levels]
-        return self.chosen or Assignment.uniform(pairs, self.layers * self.kv_heads)
+        kinds = pairs[0], *self.choices
+        return self.chosen or Assignment.uniform(kinds, pairs, self.layers * self.kv_heads)
 
     @cached_property
     def kinds(self) -> tuple[tuple[SliceLayout, SliceLayout], ...]:
@@ -295,6 +305,13 @@ _CACHED: dict[int, Kind] = {
     2: (_calibrated(4, 2, 2, 2), _calibrated(2, 2, 2, 2)),
 }
 """Of warm and cold, by code bits: chosen by fidelity at equal bytes (docs/format.md)."""
+
+_FINER: dict[Kind, Kind] = {
+    _CACHED[4]: (_calibrated(8, 6, 6, 4), _calibrated(6, 6, 6, 6)),
+    _CACHED[3]: _CACHED[4],
+}
+"""Of single heads where warm's pair is this: a few that copy lose with it what stands in the text
+(docs/format.md)."""
 
 _BETWEEN: dict[tuple[int, int], Kind] = {
     (4, 2): _CACHED[3],

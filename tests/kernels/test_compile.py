@@ -6,7 +6,7 @@ import re
 
 import pytest
 from compiled_decode import compile_decode, compile_ends
-from decode_case import COLD, FROZEN, HOT, WARM, Kinds
+from decode_case import COLD, FINE, FROZEN, HOT, WARM, Kinds
 
 from spherical_kernels.decode.launch import SHARED_BYTES
 
@@ -16,6 +16,8 @@ from spherical_kernels.decode.launch import SHARED_BYTES
     [
         (90, 128, 4, (HOT, WARM, COLD)),
         (90, 64, 3, (HOT, WARM, COLD)),
+        (90, 128, 4, (FINE,)),
+        (90, 64, 3, (FINE,)),
         (90, 128, 4, (FROZEN,)),
         (90, 64, 3, (FROZEN,)),
         (80, 128, 4, (WARM,)),

@@ -105,6 +105,8 @@ def test_encoder_compiles_without_spills(d: int, pattern: int) -> None:
     ("d", "old", "new"),
     [
         (128, 0, 2),
+        (128, 0, 8),
+        (128, 9, 6),
         (128, 2, 5),
         (128, 3, 6),
         (64, 0, 3),

@@ -105,6 +105,7 @@ print("spills", sum("STL" in line or "LDL" in line for line in lines))
     [
         ("extend_pages", 0, 0, 128, 64),
         ("extend_pages", 2, 3, 128, 64),
+        ("extend_pages", 8, 9, 128, 64),
         ("extend_pages", 5, 6, 128, 64),
         ("extend_pages", 7, 6, 128, 64),
         ("extend_pages", 2, 3, 64, 64),

@@ -72,7 +72,7 @@ print("shared", compiled.metadata.shared)
 
 @pytest.mark.parametrize(
     ("keys", "values", "d"),
-    [(0, 0, 128), (2, 3, 128), (5, 6, 128), (7, 6, 64)],
+    [(0, 0, 128), (2, 3, 128), (8, 9, 128), (5, 6, 128), (7, 6, 64), (8, 9, 64)],
 )
 def test_compiles_without_spills_or_waits(keys: int, values: int, d: int) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

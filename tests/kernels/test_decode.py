@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from decode_case import COLD, COOL, FROZEN, HOT, HOT4, PAGE, UNCODED, WARM, Case
+from decode_case import COLD, COOL, FINE, FROZEN, HOT, HOT4, PAGE, UNCODED, WARM, Case
 
 from spherical_kernels.codec.patterns import PATTERNS, Pattern
 from spherical_kernels.decode import launch
@@ -15,7 +15,9 @@ from spherical_kernels.testing import POISON
 
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize(
-    "kind", [HOT, WARM, COLD, FROZEN, UNCODED], ids=["hot", "warm", "cold", "frozen", "uncoded"]
+    "kind",
+    [HOT, FINE, WARM, COLD, FROZEN, UNCODED],
+    ids=["hot", "fine", "warm", "cold", "frozen", "uncoded"],
 )
 def test_one_kind(kind: tuple[Pattern, Pattern], d: int) -> None:
     Case((kind,), [(3 * PAGE,), (PAGE,)], d).check()
@@ -23,7 +25,8 @@ def test_one_kind(kind: tuple[Pattern, Pattern], d: int) -> None:
 
 @pytest.mark.parametrize("d", [80, 96, 256])
 def test_other_head_dims(d: int) -> None:
-    Case((HOT, WARM, COLD, FROZEN), [(PAGE + 7, 2 * PAGE, PAGE, 2 * PAGE)], d).check()
+    tokens = [(PAGE + 7, PAGE, 2 * PAGE, PAGE, 2 * PAGE)]
+    Case((HOT, FINE, WARM, COLD, FROZEN), tokens, d).check()
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 9, 16])
@@ -46,8 +49,8 @@ def test_hot_codes_of_four_bits() -> None:
 
 @pytest.mark.parametrize(("d", "page"), [(64, 32), (128, 16), (128, 32), (256, 16)])
 def test_smaller_pages(d: int, page: int) -> None:
-    tokens = [(page + 5, 2 * page, page, 2 * page), (3, 0, page, page)]
-    Case((HOT, WARM, COOL, COLD), tokens, d, page=page).check()
+    tokens = [(page + 5, page, 2 * page, page, 2 * page), (3, 0, 0, page, page)]
+    Case((HOT, FINE, WARM, COOL, COLD), tokens, d, page=page).check()
 
 
 @pytest.fixture

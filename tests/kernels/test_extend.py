@@ -8,6 +8,7 @@ import torch
 from extend_case import (
     COLD,
     DEVICE,
+    FINE,
     FROZEN,
     HOT,
     HOT4,
@@ -31,7 +32,7 @@ def test_one_level(level: str, d: int) -> None:
 
 @pytest.mark.parametrize("d", [80, 96, 256])
 def test_other_head_dims(d: int) -> None:
-    Case([Request("0120", 5, partial=7)], d).check()
+    Case([Request("01230", 5, partial=7)], d, tiers=(HOT, FINE, WARM, COLD)).check()
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 8])
@@ -41,10 +42,13 @@ def test_any_number_of_query_heads(group: int) -> None:
 
 @pytest.mark.parametrize("page_size", [16, 32])
 def test_other_page_sizes(page_size: int) -> None:
-    Case([Request("01120", 9, partial=3)], page_size=page_size).check()
+    tiers = HOT, FINE, WARM, COLD
+    Case([Request("012230", 9, partial=3)], tiers=tiers, page_size=page_size).check()
 
 
-@pytest.mark.parametrize("tiers", [(HOT4, THREE), (HOT, FROZEN), (HOT, UNCODED), (HOT,)], ids=str)
+@pytest.mark.parametrize(
+    "tiers", [(HOT4, THREE), (HOT, FINE), (HOT, FROZEN), (HOT, UNCODED), (HOT,)], ids=str
+)
 def test_other_patterns(tiers: tuple[tuple[Pattern, Pattern], ...]) -> None:
     levels = "01100" if len(tiers) > 1 else "000"
     Case([Request(levels, 9, partial=20)], tiers=tiers).check()

@@ -23,6 +23,7 @@ from spherical_kernels.testing import POISON, poison
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYERS, HEADS, PAGES = 2, 1, 2
 HOT, HOT4 = PATTERNS[0], PATTERNS[1]
+FINE = Level("warm", PATTERNS[8], PATTERNS[9])
 WARM = Level("warm", PATTERNS[2], PATTERNS[3])
 MIDDLE = Level("warm", PATTERNS[4], PATTERNS[4])
 COLD = Level("cold", PATTERNS[5], PATTERNS[6])
@@ -201,9 +202,17 @@ def test_from_hot_to_warm(d: int) -> None:
     case.check()
 
 
+@pytest.mark.parametrize("d", [64, 80, 128])
+def test_from_hot_to_finer_than_warm(d: int) -> None:
+    case = Case(d, Level("hot", HOT, HOT), FINE)
+    case.fill()
+    case.check()
+
+
 @pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
-def test_from_warm_to_cold(d: int) -> None:
-    case = Case(d, WARM, COLD)
+@pytest.mark.parametrize("old", [FINE, WARM], ids=["fine", "warm"])
+def test_from_warm_to_cold(old: Level, d: int) -> None:
+    case = Case(d, old, COLD)
     case.fill()
     case.check()
 

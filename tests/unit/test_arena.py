@@ -167,14 +167,15 @@ def test_lowering_in_place_is_encoding_what_was_decoded(
     before = read_pages(full, pages)
     full.lower(pages, old, new)
     _, addresses = full.arena.locate(pages)
-    for side in range(SIDES):
-        layout = full.layout.side_layouts(new)[side]
-        for layer in range(full.layout.layers):
-            kind = layout.pattern.frame
-            matrix = full.frames.matrices(kind, layer, side).repeat(3, 1, 1)
-            centre = full.frames.centre[side, layer].repeat(3, 1)
-            x = before[side, layer].transpose(1, 2).flatten(0, 1)  # (page, head)
-            at = addresses[layer, ..., side].flatten()
+    heads = full.layout.kv_heads
+    for index, kind in enumerate(full.layout.assignment.of[new]):
+        layer, head = divmod(index, heads)
+        for side, layout in enumerate(full.layout.kinds[kind]):
+            frame = layout.pattern.frame
+            matrix = full.frames.matrices(frame, layer, side)[head].expand(3, -1, -1)
+            centre = full.frames.centre[side, layer, head].expand(3, -1)
+            x = before[side, layer, :, :, head]
+            at = addresses[layer, :, head, side]
             expected = encode_slices(layout, x, matrix, centre)
             assert torch.equal(full.arena.read_slices(layout, at), expected)
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import head_patterns
 from head_patterns import CHOICES
 
-SIZES = torch.tensor([[8.0, 6.0, 4.0, 2.0]] * 2, dtype=torch.float64)
+SIZES = torch.tensor([[8.0, 6.0, 4.0, 3.0, 2.0]] * 2, dtype=torch.float64)
 
 
 def mean_bytes(picked: torch.Tensor, sizes: torch.Tensor) -> float:
@@ -22,7 +22,7 @@ def mean_bytes(picked: torch.Tensor, sizes: torch.Tensor) -> float:
 
 
 def test_bits_go_where_errors_count() -> None:
-    steps = torch.tensor([1.0, 2.0, 5.0, 20.0], dtype=torch.float64)
+    steps = torch.tensor([1.0, 2.0, 5.0, 10.0, 20.0], dtype=torch.float64)
     distortion = torch.ones(2, 3, 2, 1, dtype=torch.float64) * steps
     distortion[1, 2, 0] *= 100
     distortion[0, 0, 1] *= 0.01

@@ -1,8 +1,9 @@
 """Bit patterns: how a slice spends its code bits over bands of channels.
 
 A calibrated frame sorts the channels of a head by importance and cuts them into `BANDS` bands of
-equal width; a pattern gives each band 0, 1, 2, 4 or 6 bits per code. Codes are stored as digits of
-8, 4, 2 or 1 bits, so that every plane unpacks with shifts and masks. The hot pattern is one band.
+equal width; a pattern gives each band 0, 1, 2, 4, 6 or 8 bits per code. Codes are stored as digits
+of 8, 4, 2 or 1 bits, so that every plane unpacks with shifts and masks. The hot pattern is one
+band.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ PATTERNS: tuple[Pattern, ...] = (
     _calibrated(4, 2, 2, 2),
     _calibrated(2, 2, 2, 2),
     _calibrated(4, 2, 1, 1),
+    _calibrated(8, 6, 6, 4),
+    _calibrated(6, 6, 6, 6),
 )
 """Every pattern a descriptor may name; a pattern's id is its place here (at most 16 fit)."""
 
