@@ -128,7 +128,7 @@ class Study:
         """Scores one choice, level by level."""
         table, layout = self.distortions.get(choice), self.layout
         if table is not None:
-            layout = layout.with_kinds(choose_kinds(layout, table))
+            layout = layout.with_kinds(choose_kinds(layout, table, finer=False))
         expected = expected_change(layout, self.gradients)
         stops = tuple(layout.levels[i] for i in self.stops)
         coder = TierCoder(self.frames, stops, layout.assignment.at(self.stops))

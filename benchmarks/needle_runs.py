@@ -27,7 +27,10 @@ BITS, AND_HOT = "bits", "+hot"
 HOT = Pattern(FrameKind.HOT, (8,))
 
 HOT_SHARE = 1 / 64
-"""Of the finest pattern's distortion, hot codes': SmolLM2's keys have a 72nd, values a 200th."""
+"""Of the distortion of warm's patterns, hot codes': SmolLM2's keys have a 72nd, values a 200th."""
+
+WARM = 1
+"""Place of warm's patterns in `CHOICES`."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def _of_bits(bits: float, and_hot: bool, coder: Coder, known: FrameStatistics) -
     choices = CHOICES
     if and_hot:
         choices = tuple((*side, HOT) for side in CHOICES)
-        loss = torch.cat([loss, loss[..., :1] * HOT_SHARE], -1)
+        loss = torch.cat([loss, loss[..., WARM : WARM + 1] * HOT_SHARE], -1)
     each = [[size_bytes(its, head_dim) for its in side] for side in choices]
     sizes = torch.tensor(each, dtype=torch.float64)
     picked = choose(loss, sizes, bits / 8 * PAGE * head_dim)

@@ -167,7 +167,7 @@ def _prepare(
         runner.learn_frames(model, frames, spare)
         distortion = expected_distortion(frames)
     if distortion is not None and not args.alike:
-        layout = layout.with_kinds(choose_kinds(layout, distortion))
+        layout = layout.with_kinds(choose_kinds(layout, distortion, finer=known is not None))
     if compared:
         runner.learn_comparators(model, compared, spare)
     return runner.Evaluation(model, layout, frames, tiers, compared)

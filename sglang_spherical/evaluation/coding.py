@@ -31,8 +31,7 @@ class TierCoder:
         layers, heads = frames.centre.shape[1:3]
         pairs = [level.pair for level in levels]
         self.levels, self.heads = levels, heads
-        kinds = tuple(dict.fromkeys(pairs))
-        self.assignment = chosen or Assignment.uniform(kinds, pairs, layers * heads)
+        self.assignment = chosen or Assignment.uniform(pairs, layers * heads)
 
     def reach(
         self, layer: int, side: int, x: torch.Tensor, level: int

@@ -35,8 +35,9 @@ class Assignment:
             raise ValueError("of: expected kind 0 everywhere at level 0")
 
     @classmethod
-    def uniform(cls, kinds: tuple[Kind, ...], pairs: Sequence[Kind], slices: int) -> Assignment:
-        """All `slices` (layers * kv_heads) alike: at every level its own of `pairs`."""
+    def uniform(cls, pairs: Sequence[Kind], slices: int) -> Assignment:
+        """All `slices` (layers * kv_heads) alike: at every level its own pair."""
+        kinds = tuple(dict.fromkeys(pairs))
         return cls(kinds, tuple((kinds.index(pair),) * slices for pair in pairs))
 
     def pairs(self, level: int) -> list[Kind]:

@@ -1,6 +1,6 @@
 """Chooses which pair of patterns each (layer, KV head) has at each level: rate against distortion.
 
-A level's blocks are a budget of bytes, `PageLayout.choices` what it can be spent on: where errors
+A level's blocks are a budget of bytes, the pairs below hot what it can be spent on: where errors
 weigh little a page is coarser than its level, where they weigh much it is finer.
 """
 
@@ -28,19 +28,22 @@ LESS = 1 / 256
 """By how much of its bytes a budget is cut where the slices chosen under it do not fit."""
 
 
-def choose_kinds(layout: PageLayout, distortion: torch.Tensor) -> Assignment:
+def choose_kinds(layout: PageLayout, distortion: torch.Tensor, finer: bool = True) -> Assignment:
     """The kinds of least distortion whose slices fit into the blocks of each level.
 
     layout      of this rank, all heads of a level alike
     distortion  float [2, layers, kv_heads, choices]: the loss expected of keys and of values coded
                 in each pattern of `frame_file.CHOICES`
+    finer       whether heads may have what no level has: gradients know which need it, an estimate
+                takes bits from the others for nothing (docs/retention.md)
     Where nothing better than a level's own pair can be packed, it stays, but for heads that are
     coarser at the level above. The result is the same wherever the arguments are.
     """
     expected = 2, layout.layers, layout.kv_heads, len(CHOICES[0])
     if distortion.shape != expected:
         raise ValueError(f"distortion: expected {list(expected)}, got {list(distortion.shape)}")
-    uniform, pairs = layout.assignment, layout.choices
+    uniform = layout.assignment
+    pairs = layout.choices if finer else uniform.kinds[1:]
     loss = _loss(distortion, pairs)
     sides = [kind_layouts(pair, layout.page_size, layout.head_dim) for pair in pairs]
     sizes = np.array([[side.size_bytes for side in pair] for pair in sides])
@@ -49,16 +52,17 @@ def choose_kinds(layout: PageLayout, distortion: torch.Tensor) -> Assignment:
         allowed = np.where(np.arange(len(pairs)) < above[:, None], np.inf, loss)
         above = _fitting(layout, level, allowed, sizes, np.maximum(above, pairs.index(rung.pair)))
         chosen.append(tuple((1 + above).tolist()))
-    return Assignment(uniform.kinds, tuple(chosen))
+    return Assignment((uniform.kinds[0], *pairs), tuple(chosen))
 
 
 def expected_change(layout: PageLayout, distortion: torch.Tensor) -> tuple[float, ...]:
     """By how much the kinds of a layout change the loss of each level below hot, against its own
     pair for all heads: -0.3 is 30 % less. Arguments as of `choose_kinds`."""
-    loss = _loss(distortion, layout.choices)
+    pairs = layout.assignment.kinds[1:]
+    loss = _loss(distortion, pairs)
     changes = []
     for level, rung in enumerate(layout.levels[1:], 1):
-        own = float(loss[:, layout.choices.index(rung.pair)].sum())
+        own = float(loss[:, pairs.index(rung.pair)].sum())
         kinds = np.array(layout.assignment.of[level]) - 1
         changes.append(float(loss[np.arange(len(loss)), kinds].sum()) / own - 1 if own else 0.0)
     return tuple(changes)

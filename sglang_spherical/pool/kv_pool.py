@@ -177,7 +177,8 @@ class SphericalKVPool(KVCache):
         self.frames.calibrate()
         if self._built.chosen is None:
             distortion = expected_distortion(self.frames)
-            self.arena.assign(self._built.with_kinds(choose_kinds(self._built, distortion)))
+            kinds = choose_kinds(self._built, distortion, finer=False)
+            self.arena.assign(self._built.with_kinds(kinds))
 
     def forget(self) -> None:
         """The cache was flushed: frames gathered online start again."""

@@ -123,8 +123,7 @@ class PageLayout:
     def assignment(self) -> Assignment:
         """The kinds of this rank's heads."""
         pairs = [level.pair for level in self.levels]
-        kinds = pairs[0], *self.choices
-        return self.chosen or Assignment.uniform(kinds, pairs, self.layers * self.kv_heads)
+        return self.chosen or Assignment.uniform(pairs, self.layers * self.kv_heads)
 
     @cached_property
     def kinds(self) -> tuple[tuple[SliceLayout, SliceLayout], ...]:
