@@ -185,12 +185,13 @@ def _score(evaluation: Evaluation, windows: torch.Tensor) -> Iterator[None]:
 
 def _header(args: argparse.Namespace) -> dict[str, Any]:
     """What was run, on what. Folders are left out: reports are meant to be shared."""
-    shown = vars(args).items()
-    options = {f"--{name.replace('_', '-')}": value for name, value in shown if value is not None}
-    words = [
-        (flag, value.name if isinstance(value, Path) else str(value))
-        for flag, value in options.items()
-    ]
+    words: list[tuple[str, ...]] = []
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append((flag,))
+        elif value is not None and value is not False:
+            words.append((flag, value.name if isinstance(value, Path) else str(value)))
     command = shlex.join(["python", "-m", "sglang_spherical", "evaluate", *chain(*words)])
     packages = ("sglang-spherical", "torch", "transformers")
     return {

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from sglang_spherical import cli
+from sglang_spherical import evaluate as tool
 from sglang_spherical.config import SphericalConfig
 from sglang_spherical.evaluation import inputs, report
 from sglang_spherical.evaluation.attention import CodedRead, attend_codes, causal_attention
@@ -176,6 +179,9 @@ def test_a_whole_evaluation(
     assert found["model"] == tiny_model.name and found["text"] == "calibration.txt"
     assert str(tmp_path) not in json.dumps(found)
     assert found["command"].startswith("python -m sglang_spherical evaluate --model tiny ")
+    parser = argparse.ArgumentParser()
+    tool.add_arguments(parser)
+    parser.parse_args(shlex.split(found["command"])[4:])
     assert set(found["versions"]) == {"sglang-spherical", "torch", "transformers"}
     dense, hot, warm, cold = found["runs"]
     assert [run["name"] for run in found["runs"]] == ["dense", "hot", "warm", "cold"]
