@@ -111,3 +111,15 @@ def test_an_assignment_says_what_it_expects() -> None:
 def test_packing_needs_room() -> None:
     assert pack_mixed([5, 3, 4], 2, 8) == [(0, 0), (0, 5), (1, 0)]
     assert pack_mixed([5, 5, 5], 2, 8) is None
+
+
+@pytest.mark.parametrize(
+    ("hot", "warm", "finer"), [(8, 4, "8-6-6-4"), (8, 3, "6-4-4-2"), (4, 3, None)]
+)
+def test_a_pair_finer_than_warm_is_smaller_than_hot(hot: int, warm: int, finer: str | None) -> None:
+    config = SphericalConfig("spherical", hot_bits=hot, warm_bits=warm, cold_bits=2)
+    layout = PageLayout.fit(64, 64, 2, 2, default_levels(config))
+    own = layout.assignment.kinds[1:]
+    more = [pair[0].name for pair in layout.choices if pair not in own]
+    assert more == ([] if finer is None else [finer])
+    assert layout.choices[-len(own) :] == own
