@@ -40,7 +40,7 @@ def made_up_frames(model, folder):
         torch.ones(2, *heads, d),
         torch.ones(*heads, d),
         16,
-        weight * torch.tensor([1.0, 2.0, 4.0, 8.0]),
+        weight * torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0]),
     )
     frame_file.save(folder / "frames.safetensors", statistics, identity)
     return str(folder / "frames.safetensors")

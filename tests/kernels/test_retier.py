@@ -202,17 +202,19 @@ def test_from_hot_to_warm(d: int) -> None:
     case.check()
 
 
-@pytest.mark.parametrize("d", [64, 80, 128])
-def test_from_hot_to_finer_than_warm(d: int) -> None:
-    case = Case(d, Level("hot", HOT, HOT), FINE)
+@pytest.mark.parametrize("d", [64, 80])
+@pytest.mark.parametrize(
+    ("old", "new"), [(Level("hot", HOT, HOT), FINE), (FINE, COLD)], ids=["to", "from"]
+)
+def test_to_and_from_finer_than_warm(old: Level, new: Level, d: int) -> None:
+    case = Case(d, old, new)
     case.fill()
     case.check()
 
 
 @pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("old", [FINE, WARM], ids=["fine", "warm"])
-def test_from_warm_to_cold(old: Level, d: int) -> None:
-    case = Case(d, old, COLD)
+def test_from_warm_to_cold(d: int) -> None:
+    case = Case(d, WARM, COLD)
     case.fill()
     case.check()
 
