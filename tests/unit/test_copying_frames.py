@@ -71,7 +71,9 @@ def test_odds_pull_where_the_model_copies_rightly(tiny_model: Path, right: bool)
 
 def test_shares_sum_up_to_one_at_cold() -> None:
     found = copying_frames.share(normal(2, 3, 2, len(CHOICES[0])).square())
-    assert float(found[0, ..., 2].sum() + found[1, ..., 3].sum()) == pytest.approx(1.0)
+    keys, values = (side.index(its) for side, its in zip(CHOICES, copying_frames.COLD))
+    total = found[0, ..., keys].sum() + found[1, ..., values].sum()
+    assert float(total) == pytest.approx(1.0)
 
 
 def test_distortions_are_of_the_gradients_given(tiny_model: Path) -> None:
