@@ -323,8 +323,9 @@ def test_calibrated_codes_are_the_best_of_the_radii_around_the_normals(
     """Against every radius by brute force: none within two of the nearest is better, and none at
     all where a token is like a normal; and no token is further off than it is long.
 
-    From 6 bits on what clips costs more than what rounds, and of few channels the largest calls for
-    steps three or four codes below a normal's: measured, 1.11 and 1.38 at 20 channels."""
+    But in patterns finer than warm's: from 6 bits on what clips costs more than what rounds, and of
+    few channels the largest calls for steps three or four codes below a normal's: measured, 1.11
+    and 1.38 at 20 channels."""
     layout = slice_layout(pattern, 32, 80)
     frames = head_frames(pattern, 6, 80)
     x = DATA[kind](6, 32, 80) + (frames.centre.unsqueeze(1) if kind != "outlier channel" else 0)
@@ -334,7 +335,7 @@ def test_calibrated_codes_are_the_best_of_the_radii_around_the_normals(
     error = (got.double() - y).square().sum(-1)
     _, _, unit = code_banded(wanted, pattern.bits)
     table = radius_table().double()
-    more = {1: 1.02, 2: 1.02, 4: 1.02, 6: 1.15, 8: 1.5}
+    more = {6: 1.15, 8: 1.5} if pattern.average_bits > 4 else {}
     for band, bits in enumerate(pattern.bits):
         if not bits:
             assert bool((got[:, band] == 0).all())
@@ -351,7 +352,9 @@ def test_calibrated_codes_are_the_best_of_the_radii_around_the_normals(
         slack = 1e-5 * tried[0] + 1e-20
         assert bool((error[:, band] <= best + slack).all()), f"band {band}"
         if kind == "normal":
-            assert float(error[:, band].mean()) <= more[bits] * float(tried.amin(0).mean())
+            assert float(error[:, band].mean()) <= more.get(bits, 1.02) * float(
+                tried.amin(0).mean()
+            )
 
 
 @every_pattern
