@@ -25,7 +25,7 @@ from spherical_kernels.decode.reference import (
     attend_entries,
     empty_state,
 )
-from spherical_kernels.plan.launch import PlanTables, most_items, plan_pages
+from spherical_kernels.plan.launch import PlanTables, most_items, page_costs, plan_pages
 from spherical_kernels.testing import assert_close
 
 PAGE = 64
@@ -103,6 +103,7 @@ class Batch:
         sizes = torch.tensor([[side.size_bytes for side in kind] for kind in self.kinds])
         by_head = sizes[kind_of.long()]  # [levels, kv_heads, 2 (sides)]
         pairs = by_head.sum((1, 2)).tolist()
+        self.costs = page_costs([pair / heads for pair in pairs], 2 * PAGE * d)
         self.level = self._levels(tier).flatten()  # of every page, request by request
         self.page_ids = torch.randperm(len(self.level), device="cuda")
         self.page_level = torch.empty(len(self.level), dtype=torch.uint8, device="cuda")
@@ -202,7 +203,7 @@ class Decode:
         self.wave = wave_of(batch.kinds, shape.group, shape.kv_heads, processors, tuning)
         items = most_items(self.wave, shape.batch, len(batch.kinds))
         self.tables = PlanTables.allocate(
-            shape.batch, shape.pages, len(batch.kinds), items, torch.device("cuda")
+            shape.batch, shape.pages, batch.costs, items, torch.device("cuda")
         )
         self.workspace = DecodeWorkspace.allocate(
             shape.batch, items, shape.heads, shape.head_dim, "cuda"

@@ -169,7 +169,7 @@ class Case:
             row[: loc.numel()] = loc.flatten().int()
         levels = len(self.kind_of)
         max_items = (batch + 1) * levels + items
-        tables = PlanTables.allocate(batch + 1, most, levels, max_items, DEVICE)
+        tables = PlanTables.allocate(batch + 1, most, [1.0] * levels, max_items, DEVICE)
         for name in ("items", "item_start", "hot_items", "pages"):
             poison(getattr(tables, name))
         lengths = torch.tensor(self.lengths, device=DEVICE)

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from sglang_spherical.pool.kv_pool import SphericalKVPool
+from sglang_spherical.pool.layout import SIDES
 from spherical_kernels.decode.launch import (
     DecodeWorkspace,
     LayerPages,
@@ -15,7 +16,7 @@ from spherical_kernels.decode.launch import (
     wave_of,
 )
 from spherical_kernels.encode.launch import NewTokens
-from spherical_kernels.plan.launch import PlanTables, most_items, plan_pages
+from spherical_kernels.plan.launch import PlanTables, most_items, page_costs, plan_pages
 
 FEWEST_PAGES = 4
 """Of an item: below, starting and merging cost more than reading."""
@@ -37,7 +38,12 @@ class DecodeTables:
         )
         items = self._items_of(max_batch)
         pages = -(-req_to_token.shape[1] // layout.page_size)
-        self.tables = PlanTables.allocate(max_batch, pages, len(layout.levels), items, arena.device)
+        pairs = layout.layers * layout.kv_heads
+        costs = page_costs(
+            [blocks * layout.block_bytes / pairs for blocks in layout.blocks],
+            SIDES * layout.page_size * layout.head_dim,
+        )
+        self.tables = PlanTables.allocate(max_batch, pages, costs, items, arena.device)
         self.workspace = DecodeWorkspace.allocate(
             max_batch, items, q_heads, layout.head_dim, arena.device
         )

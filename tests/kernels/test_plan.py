@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import heapq
+import random
+from collections.abc import Sequence
+from itertools import pairwise
+
 import pytest
 import torch
 
-from spherical_kernels.plan.launch import PlanTables, plan_pages
+from spherical_kernels.plan.launch import PlanTables, most_items, page_costs, plan_pages
 from spherical_kernels.testing import poison
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PAGE, KINDS, FEWEST, START_PAGES = 16, 3, 4, 4
+PAGE, KINDS, FEWEST = 16, 3, 4
+COSTS = [1.2, 1.0, 0.8]
+START = 3  # what an item costs beside its pages
 
 
 class Batch:
@@ -36,7 +43,7 @@ class Batch:
         for slot, mine, length in zip(self.slots, self.pages, lengths):
             loc = (mine.unsqueeze(1) * PAGE + torch.arange(PAGE)).flatten()[:length]
             self.table[slot, :length] = loc.int()
-        self.tables = PlanTables.allocate(max_batch, max_pages, KINDS, max_items, DEVICE)
+        self.tables = PlanTables.allocate(max_batch, max_pages, COSTS, max_items, DEVICE)
         for name in ("items", "item_start", "hot_items", "pages", "runs"):
             poison(getattr(self.tables, name))
 
@@ -79,10 +86,14 @@ def test_the_items_cover_every_page_once(
         assert row[: len(flat)] == flat
     found: list[list[list[tuple[int, int]]]] = [[[] for _ in range(KINDS)] for _ in lengths]
     starts = tables.item_start.tolist()
-    for index, (word, first, end, valid) in enumerate(tables.items.tolist()):
-        if first == end:
-            assert index >= starts[len(lengths)]
-            continue
+    used = tables.items[: starts[len(lengths)]].tolist()
+    assert not tables.items[len(used) :].any()
+    assert sorted(item[4] for item in used) == list(range(len(used)))
+    costs = [(end - first) * COSTS[word >> 16] for word, first, end, _, _ in used]
+    for dearer, cheaper in pairwise(costs):  # but for the pages that make no whole item
+        assert dearer > cheaper - 2 * max(COSTS)
+    for word, first, end, valid, index in sorted(used, key=lambda item: item[4]):
+        assert first < end
         kind, request = divmod(word, 1 << 16)
         assert starts[request] <= index < starts[request + 1]
         place = index - starts[request]
@@ -100,32 +111,94 @@ def test_the_items_cover_every_page_once(
             assert [first for first, _ in parts] == edges[:-1]
             assert edges[-1] == at + len(run)
             sizes = [end - first for first, end in parts]
-            assert not sizes or max(sizes) - min(sizes) <= 1
+            assert sizes == sorted(sizes, reverse=True) or max(sizes) - min(sizes) <= 1
             at += len(run)
     assert tables.hot_items.tolist()[len(lengths) :] == [0] * (max_batch - len(lengths))
     assert starts[len(lengths) :] == [starts[len(lengths)]] * (max_batch - len(lengths) + 1)
 
 
-@pytest.mark.parametrize("wave", [2, 5, 7, 1000])
-def test_waves_of_items_take_the_least_time(wave: int) -> None:
-    for lengths, max_batch, max_pages, _ in CASES:
-        most_items = max(3 * wave, max_batch * KINDS)
-        batch = Batch(lengths, max_batch, max_pages, most_items, wave)
-        tables = batch.plan()
-        counts = [len(run) for of_request in batch.runs() for run in of_request if run]
-        choices = []
-        for waves in (1, 2, 3):
-            most = min(max(waves * wave, len(counts)), most_items)
-            pages = next(
-                pages
-                for pages in range(min(FEWEST, max(counts)), max(counts) + 1)
-                if sum(-(-count // pages) for count in counts) <= most
-            )
-            items = sum(-(-count // pages) for count in counts)
-            choices.append((-(-items // wave) * (pages + START_PAGES), items, pages))
-        _, items, pages = min(choices, key=lambda choice: choice[0])
-        assert int(tables.item_start[-1]) == items
-        assert int((tables.items[:, 2] - tables.items[:, 1]).max()) <= pages
+def cut(counts: Sequence[Sequence[int]], wave: int) -> list[tuple[int, int, int, int]]:
+    """The items of requests with so many pages of each level, as (level, request, first, end) in
+    the order in which they start."""
+    lengths = [PAGE * sum(of_request) for of_request in counts]
+    most = most_items(wave, len(lengths), KINDS)
+    batch = Batch(lengths, len(lengths), max(map(sum, counts)), most, wave)
+    for mine, of_request in zip(batch.pages, counts):
+        batch.level[mine] = torch.arange(KINDS).repeat_interleave(torch.tensor(of_request)).byte()
+    tables = batch.plan()
+    used = tables.items[: int(tables.item_start[len(lengths)])].tolist()
+    assert sum(end - first for _, first, end, _, _ in used) == sum(map(sum, counts))
+    return [(word >> 16, word & 0xFFFF, first, end) for word, first, end, _, _ in used]
+
+
+def makespan(costs: Sequence[float], wave: int) -> float:
+    """When the last of these items ends, where each starts as soon as one of `wave` places is
+    free."""
+    free = [0.0] * wave
+    for cost in costs:
+        heapq.heappush(free, heapq.heappop(free) + cost + START)
+    return max(free)
+
+
+def ragged(seed: int) -> list[list[int]]:
+    """Pages of each level of a batch whose requests and levels are of very different sizes."""
+    rng = random.Random(seed)
+    spread = rng.choice((0.0, 0.7, 1.5))
+    middle = rng.uniform(0, 4.5)
+    batch = rng.choice((1, 3, 12))
+    counts = [
+        [int(rng.lognormvariate(middle, spread)) * rng.choice((0, 1, 1)) for _ in range(KINDS)]
+        for _ in range(batch)
+    ]
+    return [of_request if sum(of_request) else [1, 0, 0] for of_request in counts]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_there_is_room_for_every_item(seed: int) -> None:
+    """Were there none, all runs would be one item each."""
+    counts, wave = ragged(seed), random.Random(seed).choice((1, 4, 33, 132))
+    items = cut(counts, wave)
+    runs = sum(pages > 0 for of_request in counts for pages in of_request)
+    assert len(items) <= 1 + wave + min(3 * wave + runs, wave + 11 * runs)
+    longest = max(max(of_request) for of_request in counts)
+    share = sum(COSTS[level] * (end - first) for level, _, first, end in items) / wave
+    if longest > 2 * max(share, FEWEST) / min(COSTS) + 1:
+        assert max(end - first for _, _, first, end in items) < longest
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_items_end_together(seed: int) -> None:
+    counts, wave = ragged(100 + seed), 33
+    items = cut(counts, wave)
+    costs = [COSTS[level] * (end - first) for level, _, first, end in items]
+    share = max(sum(costs) / wave, FEWEST)
+    at_least = max(share, min(max(costs), FEWEST)) + START
+    # the last item to start is a small one; each place starts a few
+    assert makespan(costs, wave) <= 1.08 * at_least + 2 * START + 8
+
+
+@pytest.mark.parametrize(
+    ("pages", "batch", "sizes"),
+    [
+        (512, 16, {(59, 59, 59, 59, 59, 59, 59, 59)}),  # 8.25 shares each
+        (2048, 1, {(16,) * 68 + (15,) * 64}),
+        (128, 1, {(4,) * 32}),
+    ],
+)
+def test_large_items_of_equal_requests(pages: int, batch: int, sizes: set[tuple[int, ...]]) -> None:
+    items = cut([[0, pages, 0]] * batch, 132)
+    found = set()
+    for request in range(batch):
+        mine = sorted((end - first for _, at, first, end in items if at == request), reverse=True)
+        found.add(tuple(size for size in mine if 2 * size > mine[0]))
+    assert sizes <= found
+
+
+def test_pages_of_more_bytes_cost_more() -> None:
+    hot, warm, cold = page_costs([16.9, 9.1, 5.4], 16)
+    assert hot + warm + cold == pytest.approx(3)
+    assert hot / warm == pytest.approx(1.19, abs=0.01)
+    assert cold / warm == pytest.approx(0.91, abs=0.01)
 
 
 def test_a_batch_padded_with_rows_of_one_token() -> None:
@@ -139,9 +212,9 @@ def test_a_batch_padded_with_rows_of_one_token() -> None:
     assert tables.pages[2:, 0].tolist() == [0, 0]
     starts = tables.item_start.tolist()
     for request in (2, 3):
-        assert tables.items[starts[request]].tolist() == [request, 0, 1, 1]
+        assert [request, 0, 1, 1, starts[request]] in tables.items.tolist()
 
 
 def test_too_few_items_are_refused() -> None:
     with pytest.raises(ValueError, match="max_items: expected at least 12"):
-        PlanTables.allocate(4, 2, 3, 11, DEVICE)
+        PlanTables.allocate(4, 2, COSTS, 11, DEVICE)

@@ -38,6 +38,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..plan.kernel import ITEM_NUMBERS
 from .operands import (
     add_rows_of_tokens,
     hidden_zero,
@@ -374,23 +375,26 @@ def decode_pages(
 
     signs   operands.SIGNS, which `take_bytes` reads
     Arena   int8, the whole arena; Blocks int32 [pages, blocks_per_page], blocks of block_bytes
-    Items   int32 [items, 4]: level << 16 | request, first, end, valid tokens of the last page
+    Items   int32 [items, ITEM_NUMBERS]: level << 16 | request, first, end, valid tokens of the last
+            page, number
     Pages   int32 [requests, max_pages], pages of each request in order of level
     Places  int32 [levels, kv_heads, 2, 2], block of the page and byte offset of keys and values
     KindOf  int32 [levels, kv_heads], kinds of the slices; levels lie level_stride heads apart in
             both
     Parts, Units  queries as `frame_queries` leaves them, sets `stride` queries apart
-    Out     float32 [items, kv_heads, G, D] in the value frame; Lse [items, kv_heads, G], base 2
+    Out     float32 [items, kv_heads, G, D] in the value frame, by an item's number; Lse [items,
+            kv_heads, G] likewise, base 2
     """
     head = tl.program_id(0)
-    item = tl.program_id(1)
+    entry = tl.program_id(1)
     first_head = tl.program_id(2) * HEADS
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    which = tl.load(Items + item * 4)
-    first = tl.load(Items + item * 4 + 1)
-    end = tl.load(Items + item * 4 + 2)
-    last_valid = tl.load(Items + item * 4 + 3)
+    which = tl.load(Items + entry * ITEM_NUMBERS)
+    first = tl.load(Items + entry * ITEM_NUMBERS + 1)
+    end = tl.load(Items + entry * ITEM_NUMBERS + 2)
+    last_valid = tl.load(Items + entry * ITEM_NUMBERS + 3)
+    item = tl.load(Items + entry * ITEM_NUMBERS + 4)
     request = (which & 0xFFFF).to(tl.int64)
     row = (which >> 16) * level_stride + head
     places = Places + row * 4

@@ -1,11 +1,12 @@
 """Fills the tables that a decode step reads, at fixed addresses, without waiting for the device.
 
-Two launches before every step, outside its graph: the shapes depend on the batch size and on what
+Three launches before every step, outside its graph: the shapes depend on the batch size and on what
 was allocated, never on the requests' lengths.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,27 +14,36 @@ import torch
 import triton
 
 from ..device import Launch
-from .kernel import MOST_WAVES, cut_items, sort_pages
+from .kernel import ITEM_NUMBERS, MOST_SMALL, cut_runs, place_items, sort_pages
 
 PAGES_AT_ONCE = 256
 """Pages that a program of `sort_pages` looks at together."""
 
-RUN_NUMBERS = 4
+RUN_NUMBERS = 6
 """int32 numbers per run (kernel.py)."""
 
-SORT_WARPS, CUT_WARPS = 4, 8
+SORT_WARPS, CUT_WARPS, PLACE_WARPS = 4, 8, 4
+
+ITEMS_AT_ONCE = 128
+"""Items and runs that a program of `place_items` looks at together."""
+
+VALUE_COST = 2
+"""Bytes that take a program as long as what it does with a value whatever its bits: where pages of
+8, 4 and 2 bits are read side by side on an H200, their times are as 1.2, 1 and 0.9."""
 
 
 @dataclass(frozen=True)
 class PlanTables:
     """What the decode kernel reads; `runs` is the planner's own.
 
-    items       int32 [max_items, 4]: level << 16 | request, first, end, valid tokens of the last;
-                [first, end) of the request's sorted pages, first == end where unused
-    item_start  int32 [max_batch + 1], where the items of each request start
+    items       int32 [max_items, ITEM_NUMBERS], in the order in which they start: level << 16 |
+                request, first, end, valid tokens of the last, the item's number; [first, end) of
+                the request's sorted pages, first == end where unused
+    item_start  int32 [max_batch + 1], the number of the first item of each request
     hot_items   int32 [max_batch], how many of them read pages of level 0: the first ones
     pages       int32 [max_batch, max_pages], pages of each request in order of level
     runs        int32 [RUN_NUMBERS, max_batch, levels rounded up to a power of two]
+    costs       float32 [levels, rounded up], of a page
     """
 
     items: torch.Tensor
@@ -41,13 +51,20 @@ class PlanTables:
     hot_items: torch.Tensor
     pages: torch.Tensor
     runs: torch.Tensor
+    costs: torch.Tensor
 
     @classmethod
     def allocate(
-        cls, max_batch: int, max_pages: int, levels: int, max_items: int, device: torch.device | str
+        cls,
+        max_batch: int,
+        max_pages: int,
+        costs: Sequence[float],
+        max_items: int,
+        device: torch.device | str,
     ) -> PlanTables:
-        """Empty tables. Raises ValueError when a request's pages of every level may not get an
-        item each."""
+        """Empty tables for pages of levels with these `page_costs`. Raises ValueError when a
+        request's pages of every level may not get an item each."""
+        levels = len(costs)
         if max_items < max_batch * levels:
             raise ValueError(
                 f"max_items: expected at least {max_batch * levels} for {max_batch} requests with "
@@ -57,16 +74,34 @@ class PlanTables:
         def table(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
-        runs = table(RUN_NUMBERS, max_batch, triton.next_power_of_2(levels))
+        padded = triton.next_power_of_2(levels)
         return cls(
-            table(max_items, 4), table(max_batch + 1), table(max_batch),
-            table(max_batch, max_pages), runs,
+            table(max_items, ITEM_NUMBERS.value), table(max_batch + 1), table(max_batch),
+            table(max_batch, max_pages), table(RUN_NUMBERS, max_batch, padded),
+            torch.tensor([*costs, *[1.0] * (padded - levels)], device=device),
         )  # fmt: skip
 
 
 def most_items(wave: int, batch: int, levels: int) -> int:
-    """Items that a plan may make: enough waves of them, and one of every request and level."""
-    return max(int(MOST_WAVES.value) * wave, batch * levels)
+    """Items that a plan may make, of which the device runs `wave` at once.
+
+    A share of the device is one large item, and at most MOST_SMALL small ones or parts of them; a
+    run leaves less than a share and what is spared of its own. Where many runs leave much, there is
+    room beside others' items for it: the more they leave, the fewer runs leave it
+    (tests/kernels/test_plan.py).
+    """
+    runs, most_small = batch * levels, int(MOST_SMALL.value)
+    return 1 + wave + min(3 * wave + runs, wave + (most_small + 1) * runs)
+
+
+def page_costs(pair_bytes: Sequence[float], values: int) -> list[float]:
+    """What a page of each level takes of a program's time, over their mean.
+
+    pair_bytes  bytes of its keys' and values' slices of a head, on average
+    values      in those two slices
+    """
+    costs = [its + VALUE_COST * values for its in pair_bytes]
+    return [cost * len(costs) / sum(costs) for cost in costs]
 
 
 def plan_pages(
@@ -84,7 +119,7 @@ def plan_pages(
     req_to_token  int32 [slots, context], token locations
     slots         int [batch], lengths int [batch]
     page_level    uint8 [num_pages], the level of each page
-    fewest_pages  of an item, where there are so many
+    fewest_pages  of a large item, where there are so many
     wave          items that the device runs at once
     """
     batch, (max_batch, max_pages) = len(slots), tables.pages.shape
@@ -97,12 +132,14 @@ def plan_pages(
         req_to_token, slots, lengths, page_level, tables.pages, tables.runs, req_to_token.stride(0),
         max_pages, runs,
     )  # fmt: skip
-    steps = max(max_pages, runs).bit_length() + 1
-    _cut_launch(page_size, levels, runs, max_items, fewest_pages, steps)(
+    _cut_launch(levels, runs, max_items, fewest_pages)(
         (1, 1, 1),
-        tables.runs, tables.items, tables.item_start, tables.hot_items, batch, runs, max_items,
-        wave,
+        tables.runs, tables.costs, tables.items, tables.item_start, tables.hot_items, batch, runs,
+        max_items, wave,
     )  # fmt: skip
+    _place_launch(page_size, levels)(
+        (batch, 1, 1), tables.runs, tables.costs, tables.items, batch, runs
+    )
 
 
 @cache
@@ -111,11 +148,16 @@ def _sort_launch(page_size: int, levels: int) -> Launch:
 
 
 @cache
-def _cut_launch(
-    page_size: int, levels: int, runs: int, max_items: int, fewest_pages: int, steps: int
-) -> Launch:
+def _cut_launch(levels: int, runs: int, max_items: int, fewest_pages: int) -> Launch:
+    numbers = max_items * int(ITEM_NUMBERS.value)
     return Launch(
-        cut_items, PAGE=page_size, LP=levels, BP=triton.next_power_of_2(runs),
-        ITEMS=triton.next_power_of_2(max_items), FEWEST=fewest_pages, STEPS=steps,
-        num_warps=CUT_WARPS,
+        cut_runs, LP=levels, BP=triton.next_power_of_2(runs), FEWEST=fewest_pages,
+        ITEMS=triton.next_power_of_2(numbers), num_warps=CUT_WARPS,
     )  # fmt: skip
+
+
+@cache
+def _place_launch(page_size: int, levels: int) -> Launch:
+    return Launch(
+        place_items, PAGE=page_size, LP=levels, BLOCK=ITEMS_AT_ONCE, num_warps=PLACE_WARPS
+    )
