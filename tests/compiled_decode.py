@@ -84,11 +84,12 @@ from spherical_kernels.codec.patterns import PATTERNS
 from spherical_kernels.codec.slices import slice_layout
 from spherical_kernels.decode.ends import encode_and_frame, frame_queries, merge_rows
 from spherical_kernels.decode.launch import (
-    FRAME_ROWS, FRAME_WARPS, _tile, first_constants, merge_constants, merge_warps,
+    FRAME_ROWS, FRAME_WARPS, _tile, first_constants, merge_constants, merge_of,
 )
 
-head_dim, group, batch = json.loads(sys.argv[1])
-tile = _tile(head_dim, group) | {"PTX": True, "PDL": True}
+head_dim, group, batch, kv_heads = *json.loads(sys.argv[1]), 8
+merge = merge_of(batch * kv_heads)
+tile = _tile(head_dim, group) | {"PTX": True}
 framing = {
     "Q": "*bf16", "Channel": "*i32", "Weight": "*fp32", "Centre": "*fp32",
     "Parts": "*i8", "Units": "*fp32", "Near": "*fp32", "batch": "i32", "q_row": "i32",
@@ -100,20 +101,20 @@ encoding = {
     "k_head": "i32", "v_row": "i32", "v_head": "i32", "centre_side": "i32", "block_bytes": "i32",
 }
 kernels = (
-    (frame_queries, FRAME_WARPS, framing, {"ROWS": FRAME_ROWS}),
+    (frame_queries, FRAME_WARPS, framing, tile | {"ROWS": FRAME_ROWS}),
     (
         encode_and_frame, FRAME_WARPS, encoding | framing | {"encoding": "i32"},
-        first_constants(slice_layout(PATTERNS[0], 64, head_dim), 52, group),
+        tile | first_constants(slice_layout(PATTERNS[0], 64, head_dim), 52, group),
     ),
-    (merge_rows, merge_warps(batch), {
+    (merge_rows, merge.warps, {
         "Partial": "*fp32", "Lse": "*fp32", "ItemStart": "*i32",
         "HotItems": "*i32", "Channel": "*i32", "Weight": "*fp32", "Centre": "*fp32",
-        "Near": "*fp32", "Out": "*bf16", "OutLse": "*fp32", "batch": "i32", "kv_heads": "i32",
-    }, merge_constants(batch, group) | {"HOT": True, "CALIBRATED": True}),
+        "Near": "*fp32", "Out": "*bf16", "OutLse": "*fp32",
+    }, merge_constants(merge, head_dim, kv_heads, group) | {"HOT": True, "CALIBRATED": True}),
 )
 tool, found = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", []
 for kernel, warps, types, constants in kernels:
-    constants = tile | constants
+    constants = constants | {"PDL": True}
     source = ASTSource(
         fn=kernel,
         signature=types | dict.fromkeys(constants, "constexpr"),

@@ -17,7 +17,7 @@ from sglang_spherical.attention.extend_plan import ExtendPlan
 from sglang_spherical.pool.arena import KEYS, VALUES
 from sglang_spherical.pool.kv_pool import SphericalKVPool
 from sglang_spherical.pool.layout import SIDES
-from spherical_kernels.decode.launch import LARGE_BATCH
+from spherical_kernels.decode.launch import MERGES
 from spherical_kernels.device import compiling
 from spherical_kernels.encode.launch import SMALL_TOKENS, NewTokens, encode_tokens
 from spherical_kernels.extend.launch import (
@@ -49,9 +49,9 @@ def compile_kernels(
 def _decode(
     pool: SphericalKVPool, req_to_token: torch.Tensor, q_heads: int, dtype: torch.dtype
 ) -> None:
-    tables = DecodeTables(pool, req_to_token, LARGE_BATCH, q_heads)
-    batch = 1
-    while batch <= LARGE_BATCH:
+    most, batch = -(-max(MERGES) // pool.layout.kv_heads), 1
+    tables = DecodeTables(pool, req_to_token, 2 * most, q_heads)
+    while batch < 2 * most:
         q = _empty(pool, dtype, batch, q_heads, pool.layout.head_dim)
         tables.attend(0, q, 0.5, _new_tokens(pool, dtype, batch))
         batch *= 2

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from decode_case import COLD, COOL, FINE, FROZEN, HOT, HOT4, PAGE, UNCODED, WARM, Case
 
 from spherical_kernels.codec.patterns import PATTERNS, Pattern
 from spherical_kernels.decode import launch
+from spherical_kernels.decode.launch import Merge
 from spherical_kernels.testing import POISON
 
 
@@ -53,25 +52,25 @@ def test_smaller_pages(d: int, page: int) -> None:
     Case((HOT, FINE, WARM, COOL, COLD), tokens, d, page=page).check()
 
 
-@pytest.fixture
-def fresh_merges() -> Iterator[None]:
-    """No launch of another cut is kept, before or after."""
-    launch._merge_launch.cache_clear()
-    yield
-    launch._merge_launch.cache_clear()
-
-
-@pytest.mark.usefixtures("fresh_merges")
-@pytest.mark.parametrize("merge", [(16, 2, 8), (32, 4, 2), (64, 4, 1)], ids=str)
-@pytest.mark.parametrize("large_batch", [3, 100])
+@pytest.mark.parametrize(
+    ("merge", "group", "d"),
+    [
+        (Merge(4, bands=1), 3, 64),
+        (Merge(8, warps=2, bands=1), 1, 128),
+        (Merge(2), 3, 64),
+        (Merge(16, warps=2), 1, 128),
+        (Merge(4, heads=4), 4, 64),
+        (Merge(4, heads=4), 6, 80),
+    ],
+    ids=str,
+)
 def test_every_cut_of_the_merge(
-    merge: tuple[int, int, int], large_batch: int, monkeypatch: pytest.MonkeyPatch
+    merge: Merge, group: int, d: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several requests in a program, or several programs for a request's heads."""
-    monkeypatch.setattr(launch, "MERGES", {1: merge, large_batch: merge})
-    monkeypatch.setattr(launch, "LARGE_BATCH", large_batch)
+    """One or all bands, one or several query heads, items in one or in several rounds."""
+    monkeypatch.setattr(launch, "MERGES", {1: merge})
     tokens = [(PAGE + 5, 4 * PAGE), (3, 0), (0, PAGE), (2 * PAGE, PAGE), (PAGE, 0)]
-    Case((HOT, WARM), tokens, 64, group=3).check(items=6)
+    Case((HOT, WARM), tokens, d, group=group).check(items=6)
 
 
 @pytest.mark.parametrize("d", [64, 128])

@@ -188,195 +188,196 @@ def store_integers(
 
 
 @triton.jit
-def rows_and_items(
-    ItemStart, HotItems, first_request, batch, first_head, G: tl.constexpr, GP: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
-    """Query head and first item of ROWS rows (request, split, query head), and the end of their
-    items: all (PART 0), those of the hot frame (1) or of the calibrated one (2)."""
-    row = tl.arange(0, ROWS)
-    request = first_request + row // (GP * SPLITS)
-    query_head = first_head + row % GP
-    real = (request < batch) & (query_head < G)
-    first = tl.load(ItemStart + request, mask=real, other=0)
-    end = tl.load(ItemStart + request + 1, mask=real, other=0)
-    if PART != 0:
-        middle = first + tl.load(HotItems + request, mask=real, other=0)
-        if PART == 1:
-            end = middle
+def turn(x, BLOCK: tl.constexpr):
+    """x [ROWS, n] times `codec.frames.hadamard` in blocks of BLOCK, at most 256."""
+    for step in tl.static_range(8):
+        x = turn_pairs(x, 1 << step, BLOCK)
+    return x
+
+
+@triton.jit
+def turn_pairs(x, APART: tl.constexpr, BLOCK: tl.constexpr):
+    """The step of a rotation that takes channels APART from each other together."""
+    ROWS: tl.constexpr = x.shape[0]
+    SIZE: tl.constexpr = x.shape[1]
+    RUN: tl.constexpr = 4  # channels that a lane loads at once, and then holds
+    LANES: tl.constexpr = 32 if SIZE > 32 * RUN else SIZE // RUN
+    if APART < BLOCK:
+        if APART >= RUN and APART < LANES * RUN:  # two lanes shuffle, nothing goes through memory
+            lane = tl.arange(0, LANES)[None, :, None]
+            runs = tl.reshape(x, [ROWS * SIZE // (LANES * RUN), LANES, RUN])
+            other = tl.gather(runs, tl.broadcast_to(lane ^ (APART // RUN), runs.shape), 1)
+            sign = tl.where((lane & (APART // RUN)) == 0, 1.0, -1.0)
+            x = tl.reshape(other + runs * sign, [ROWS, SIZE])
         else:
-            first = middle
-    return query_head, first + row // GP % SPLITS, end
+            pairs = tl.reshape(x, [ROWS, SIZE // (2 * APART), 2, APART])
+            x = tl.reshape(add_and_subtract(pairs), [ROWS, SIZE])
+    return x
 
 
 @triton.jit
-def spread(x, SPLITS: tl.constexpr):
-    """[REQUESTS, GP] -> [REQUESTS * SPLITS * GP], the same for every split."""
-    wide = tl.broadcast_to(x[:, None, :], [x.shape[0], SPLITS, x.shape[1]])
-    return tl.reshape(wide, [x.shape[0] * SPLITS * x.shape[1]])
+def fours(x):
+    """[ROWS, n] -> four of [ROWS, n / 4], every fourth column: of each a lane holds one."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 4, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
 
 
 @triton.jit
-def add_splits(x, REQUESTS: tl.constexpr, GP: tl.constexpr):
-    """[REQUESTS * splits * GP, n] -> [REQUESTS * GP, n]."""
-    SPLITS: tl.constexpr = x.shape[0] // (REQUESTS * GP)
-    n: tl.constexpr = x.shape[1]
-    return tl.reshape(tl.sum(tl.reshape(x, [REQUESTS, SPLITS, GP, n]), 1), [REQUESTS * GP, n])
-
-
-@triton.jit
-def load_quarters(Partial, item, end, stride, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Item `item` [ROWS] of every row, below `end`: four times WIDTH of its channels."""
-    parts = ()
-    inside = (item < end)[:, None]
-    at = Partial + (item.to(tl.int64) * stride * D)[:, None]
-    for i in tl.static_range(BANDS):
-        d = i * WIDTH + tl.arange(0, WIDTH)
-        parts = parts + (tl.load(at + d[None, :], mask=inside & (d < D)[None, :], other=0.0),)
-    return parts
-
-
-@triton.jit
-def load_band(Partial, item, end, stride, column, real, D: tl.constexpr):
-    """Item `item` [ROWS] of every row, below `end`: one band of its channels."""
-    inside = (item < end)[:, None] & real[None, :]
-    at = (item.to(tl.int64) * stride * D)[:, None] + column[None, :]
-    return tl.load(Partial + at, mask=inside, other=0.0)
-
-
-@triton.jit(do_not_specialize=["batch"])
-def merge_rows(
-    Partial, Lse, ItemStart, HotItems, Channel, Weight, Centre, Near, Out, OutLse, batch,
-    kv_heads,
-    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, HOT_BLOCK: tl.constexpr,
-    BAND_BLOCK: tl.constexpr, REQUESTS: tl.constexpr, HOT_ROWS: tl.constexpr,
-    ROWS: tl.constexpr, HOT: tl.constexpr, CALIBRATED: tl.constexpr, PTX: tl.constexpr,
-    PDL: tl.constexpr,
+def load_items(
+    Partial, Lse, item, end, column, real, ROW: tl.constexpr, D: tl.constexpr, GP: tl.constexpr,
+    ITEMS: tl.constexpr, ABREAST: tl.constexpr,
 ):  # fmt: skip
-    """The channels of one band of the output of REQUESTS requests and GP query heads of one KV head
-    by every program.
+    """Logarithms [ITEMS, GP] and channels [ITEMS, GP, columns] of the items from `item` on, below
+    `end`, which are ROW rows apart."""
+    ACROSS: tl.constexpr = min(ABREAST, ITEMS)
+    i = tl.arange(0, ACROSS)[None, :, None]
+    g = tl.arange(0, GP)[None, None, :]
+    # rounds lie at constant distances, so that none of them needs addresses of its own
+    rounds = tl.arange(0, ITEMS // ACROSS)[:, None, None]
+    inside = rounds * ACROSS < end - item - i
+    first = tl.full([], ROW, tl.int64) * item
+    logs = Lse + first + (i * ROW + g) + rounds * (ACROSS * ROW)
+    logs = tl.load(logs, mask=inside, other=-float("inf"))
+    parts = Partial + first * D + ((i * ROW + g) * D)[:, :, :, None] + column[None, None, None, :]
+    parts += (rounds * (ACROSS * ROW * D))[:, :, :, None]
+    mask = inside[:, :, :, None] & real[None, None, None, :]
+    parts = tl.load(parts, mask=mask, other=0.0)
+    return tl.reshape(logs, [ITEMS, GP]), tl.reshape(parts, [ITEMS, GP, column.shape[0]])
 
-    Partial    float32 [items, kv_heads, G, D], in the value frames; Lse likewise, base 2
+
+@triton.jit
+def weigh(logs, top, mass):
+    """What items with logarithms [ITEMS, GP] weigh, the new maximum and mass [GP], and what sums so
+    far fade by."""
+    higher = tl.maximum(top, tl.max(logs, 0))
+    fade = tl.exp2(top - higher)
+    share = tl.exp2(logs - higher[None, :])
+    return share, higher, mass * fade + tl.sum(share, 0), fade[:, None]
+
+
+@triton.jit
+def merge_rows(
+    Partial, Lse, ItemStart, HotItems, Channel, Weight, Centre, Near, Out, OutLse,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+    HOT_BLOCK: tl.constexpr, BAND_BLOCK: tl.constexpr, TAKEN: tl.constexpr, ITEMS: tl.constexpr,
+    WARPS: tl.constexpr,
+    HOT: tl.constexpr, CALIBRATED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The channels of TAKEN bands, all or one, of the output of a request and GP query heads of one
+    KV head by every program.
+
+    Partial    float32 [items, KV_HEADS, G, D], in the value frames; Lse likewise, base 2
     ItemStart  int32 [requests + 1], HotItems int32 [requests]
-    Channel    int32, Weight float32 [2, kv_heads, D], picks of the value frames, whose rotations
-               have blocks of HOT_BLOCK and BAND_BLOCK; Centre float32 [kv_heads, D]
-    Near       float32 [requests, kv_heads * G], q . centre of the keys, base 2
-    Out        [requests, kv_heads * G, D], zero without items; OutLse float32, natural
-    HOT_ROWS, ROWS  rows (request, split, query head) at once: of hot items, and of calibrated ones
-               and logarithms
+    Channel    int32, Weight float32 [2, KV_HEADS, D], picks of the value frames, whose rotations
+               have blocks of HOT_BLOCK and BAND_BLOCK; Centre float32 [KV_HEADS, D]
+    Near       float32 [requests, KV_HEADS * G], q . centre of the keys, base 2
+    Out        [requests, KV_HEADS * G, D], zero without items; OutLse float32, natural
+    ITEMS      of a request at once
     HOT, CALIBRATED  whether items may be of the frame
     """
-    head = tl.program_id(0) % kv_heads
-    first_request = tl.program_id(0) // kv_heads * REQUESTS
-    band = tl.program_id(1)
+    head = tl.program_id(0) % KV_HEADS
+    request = tl.program_id(0) // KV_HEADS
     first_head = tl.program_id(2) * GP
-    OF_REQUEST: tl.constexpr = REQUESTS * GP
     # what does not depend on the kernel before comes first: the plan was ready long ago
-    QUARTER: tl.constexpr = DP // BANDS
-    WIDTH: tl.constexpr = D // BANDS
-    column = tl.arange(0, QUARTER)
-    real = column < WIDTH
-    place = head * D + band * WIDTH + column
-    # a band of the calibrated frame is of any channels, and these take all of the hot frame
+    first = tl.load(ItemStart + request)
+    end = tl.load(ItemStart + request + 1)
+    middle = end
     if CALIBRATED:
-        channel = tl.load(Channel + kv_heads * D + place, mask=real, other=0)
-        weight = tl.load(Weight + kv_heads * D + place, mask=real, other=0.0)
-    else:
-        channel = band * WIDTH + column
+        middle = first
+        if HOT:
+            middle += tl.load(HotItems + request)
+    RUN: tl.constexpr = DP // BANDS
+    WIDTH: tl.constexpr = D // BANDS
+    COLUMNS: tl.constexpr = TAKEN * RUN
+    column = tl.arange(0, COLUMNS)
+    real = column % RUN < WIDTH
+    column = (tl.program_id(1) * TAKEN + column // RUN) * WIDTH + column % RUN
+    # bands of the calibrated frame are of any channels, and these take all of the hot frame
+    channel = column
+    if CALIBRATED:
+        channel = tl.load(Channel + (KV_HEADS + head) * D + column, mask=real, other=0)
+        weight = tl.load(Weight + (KV_HEADS + head) * D + column, mask=real, other=0.0)
     hot_weight = tl.load(Weight + head * D + channel, mask=real, other=0.0)
     centre = tl.load(Centre + head * D + channel, mask=real, other=0.0)
-    HOT_SPLITS: tl.constexpr = HOT_ROWS // OF_REQUEST
-    SPLITS: tl.constexpr = ROWS // OF_REQUEST
-    BOTH: tl.constexpr = HOT and CALIBRATED
-    log_head, log_item, log_end = rows_and_items(
-        ItemStart, HotItems, first_request, batch, first_head, G, GP, SPLITS, ROWS, 0
-    )
-    hot_head, hot_item, hot_end = rows_and_items(
-        ItemStart, HotItems, first_request, batch, first_head, G, GP, HOT_SPLITS, HOT_ROWS,
-        1 if BOTH else 0,
-    )  # fmt: skip
-    its_head, item, end = rows_and_items(
-        ItemStart, HotItems, first_request, batch, first_head, G, GP, SPLITS, ROWS, 2 if BOTH else 0
-    )
+    query = (request * KV_HEADS + head) * G + first_head + tl.arange(0, GP)
+    near = tl.load(Near + query)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
-    stride = kv_heads * G
-    hot_partial = Partial + ((head * G + hot_head) * D)[:, None]
-    at = ((head * G + its_head) * D + band * WIDTH)[:, None]
-    # the first items are on their way while logarithms are added up
-    if HOT:
-        next_hot = load_quarters(hot_partial, hot_item, hot_end, stride, D, QUARTER)
+    # a tile is asked for ahead of the loop that adds it up, or ptxas waits for its logarithms
+    # before it has asked for the rest
+    ROW: tl.constexpr = KV_HEADS * G
+    Partial += (head * G + first_head) * D
+    Lse += head * G + first_head
+    place = tl.arange(0, DP)
+    ABREAST: tl.constexpr = max(1, WARPS * 128 // (GP * COLUMNS))  # items that a load of all takes
+    top = tl.full([GP], NONE, tl.float32)
+    mass = tl.zeros([GP], tl.float32)
+    hot_sums = tl.zeros([GP, DP], tl.float32)
+    sums = tl.zeros([GP, COLUMNS], tl.float32)
+    if HOT and CALIBRATED and TAKEN == BANDS and D == DP:  # items of both frames lie alike
+        logs, parts = load_items(
+            Partial, Lse, first, end, place, place < D, ROW, D, GP, ITEMS, ABREAST
+        )  # fmt: skip
+        for item in range(first, end, ITEMS):
+            share, top, mass, fade = weigh(logs, top, mass)
+            hot_sums *= fade
+            sums *= fade
+            hot = (tl.arange(0, ITEMS) < middle - item)[:, None]
+            if item < middle:
+                hot_sums += tl.sum(parts * tl.where(hot, share, 0.0)[:, :, None], 0)
+            if item + ITEMS > middle:
+                sums += tl.sum(parts * tl.where(hot, 0.0, share)[:, :, None], 0)
+            if item + ITEMS < end:
+                logs, parts = load_items(
+                    Partial, Lse, item + ITEMS, end, place, place < D, ROW, D, GP, ITEMS, ABREAST
+                )  # fmt: skip
+    else:
+        HOT_ITEMS: tl.constexpr = ITEMS * TAKEN // BANDS
+        HOT_ABREAST: tl.constexpr = max(1, WARPS * 128 // (GP * DP))
+        if HOT:
+            hot_logs, hot_parts = load_items(
+                Partial, Lse, first, middle, place, place < D, ROW, D, GP, HOT_ITEMS, HOT_ABREAST
+            )  # fmt: skip
+        if CALIBRATED:
+            logs, parts = load_items(
+                Partial, Lse, middle, end, column, real, ROW, D, GP, ITEMS, ABREAST
+            )  # fmt: skip
+        if HOT:
+            for item in range(first, middle, HOT_ITEMS):
+                share, top, mass, fade = weigh(hot_logs, top, mass)
+                hot_sums = hot_sums * fade + tl.sum(hot_parts * share[:, :, None], 0)
+                if item + HOT_ITEMS < middle:
+                    hot_logs, hot_parts = load_items(
+                        Partial, Lse, item + HOT_ITEMS, middle, place, place < D, ROW, D, GP,
+                        HOT_ITEMS, HOT_ABREAST,
+                    )  # fmt: skip
+        if CALIBRATED:
+            for item in range(middle, end, ITEMS):
+                share, top, mass, fade = weigh(logs, top, mass)
+                hot_sums *= fade
+                sums = sums * fade + tl.sum(parts * share[:, :, None], 0)
+                if item + ITEMS < end:
+                    logs, parts = load_items(
+                        Partial, Lse, item + ITEMS, end, column, real, ROW, D, GP, ITEMS, ABREAST
+                    )  # fmt: skip
+
+    lse = (top + tl.log2(mass) + near) * LN_2
+    lse = tl.where(mass > 0, lse, -float("inf"))
+    tl.store(OutLse + query, lse, mask=tl.program_id(1) == 0)
+    out = tl.zeros([GP, COLUMNS], tl.float32)
     if CALIBRATED:
-        next_band = load_band(Partial + at, item, end, stride, column, real, D)
-
-    logs_at = Lse + head * G
-    top = tl.full([ROWS], NONE, tl.float32)
-    mass = tl.zeros([ROWS], tl.float32)
-    for _ in range((tl.max(log_end - log_item, 0) + SPLITS - 1) // SPLITS):
-        its = logs_at + log_item.to(tl.int64) * stride + log_head
-        logs = tl.load(its, mask=log_item < log_end, other=-float("inf"))
-        higher = tl.maximum(top, logs)
-        mass = mass * tl.exp2(top - higher) + tl.exp2(logs - higher)
-        top = higher
-        log_item += SPLITS
-    tops = tl.reshape(top, [REQUESTS, SPLITS, GP])
-    top = tl.max(tops, 1)
-    masses = tl.reshape(mass, [REQUESTS, SPLITS, GP]) * tl.exp2(tops - top[:, None, :])
-    mass = tl.sum(masses, 1)  # [REQUESTS, GP]
-
-    out = tl.zeros([OF_REQUEST, QUARTER], tl.float32)
+        out = turn(sums, BAND_BLOCK) * weight[None, :]
     if HOT:
-        hot_top = spread(top, HOT_SPLITS)
-        sums = ()
-        for i in tl.static_range(BANDS):
-            sums = sums + (tl.zeros([HOT_ROWS, QUARTER], tl.float32),)
-        for _ in range((tl.max(hot_end - hot_item, 0) + HOT_SPLITS - 1) // HOT_SPLITS):
-            its = logs_at + hot_item.to(tl.int64) * stride + hot_head
-            logs = tl.load(its, mask=hot_item < hot_end, other=-float("inf"))
-            share = tl.exp2(logs - hot_top)[:, None]
-            parts = next_hot
-            hot_item += HOT_SPLITS
-            next_hot = load_quarters(hot_partial, hot_item, hot_end, stride, D, QUARTER)
-            new_sums = ()
-            for i in tl.static_range(BANDS):
-                new_sums = new_sums + (sums[i] + parts[i] * share,)
-            sums = new_sums
-        turned = tl.zeros([HOT_ROWS, QUARTER], tl.float32)
-        for i in tl.static_range(BANDS):
-            d = i * QUARTER + tl.arange(0, QUARTER)
-            turned = add_signed(
-                sums[i], signs_of(d[:, None], channel[None, :], DP, HOT_BLOCK), turned, PTX
-            )
-        out += add_splits(turned, REQUESTS, GP) * hot_weight[None, :]
-    if CALIBRATED:
-        its_top = spread(top, SPLITS)
-        band_sums = tl.zeros([ROWS, QUARTER], tl.float32)
-        for _ in range((tl.max(end - item, 0) + SPLITS - 1) // SPLITS):
-            its = logs_at + item.to(tl.int64) * stride + its_head
-            logs = tl.load(its, mask=item < end, other=-float("inf"))
-            part = next_band
-            item += SPLITS
-            next_band = load_band(Partial + at, item, end, stride, column, real, D)
-            band_sums += part * tl.exp2(logs - its_top)[:, None]
-        turn = signs_of(column[:, None], column[None, :], QUARTER, BAND_BLOCK)
-        turned = add_signed(band_sums, turn, tl.zeros([ROWS, QUARTER], tl.float32), PTX)
-        out += add_splits(turned, REQUESTS, GP) * weight[None, :]
-
-    masses = tl.reshape(mass, [OF_REQUEST])[:, None]
-    out = out * tl.where(masses == 0, 0.0, 1.0 / masses)  # NaN stays
-    out = tl.where(masses == 0, 0.0, out + centre[None, :])
-    m = tl.arange(0, OF_REQUEST)
-    request = first_request + m // GP
-    known = (request < batch) & (first_head + m % GP < G)
-    query = (request * kv_heads + head) * G + first_head + m % GP
-    target = Out + query.to(tl.int64)[:, None] * D + channel[None, :]
-    tl.store(target, out.to(Out.dtype.element_ty), mask=known[:, None] & real[None, :])
-    if band == 0:
-        r = first_request + tl.arange(0, REQUESTS)[:, None]
-        g = first_head + tl.arange(0, GP)[None, :]
-        at_lse = (r * kv_heads + head) * G + g
-        mine = (r < batch) & (g < G)
-        near = tl.load(Near + at_lse, mask=mine, other=0.0)
-        lse = (top + tl.log2(mass) + near) * LN_2
-        tl.store(OutLse + at_lse, tl.where(mass > 0, lse, -float("inf")), mask=mine)
+        picked = tl.broadcast_to(channel[None, :], [GP, COLUMNS])
+        if first < middle:
+            out += tl.gather(turn(hot_sums, HOT_BLOCK), picked, 1) * hot_weight[None, :]
+    out = out * tl.where(mass == 0, 0.0, 1.0 / mass)[:, None]  # NaN stays
+    out = tl.where((mass == 0)[:, None], 0.0, out + centre[None, :])
+    numbers = fours(out.to(Out.dtype.element_ty))
+    channels, inside = fours(channel[None, :]), fours(real[None, :])
+    target = Out + query.to(tl.int64)[:, None] * D
+    for n in tl.static_range(4):  # channels lie in any order: no two are stored together
+        tl.store(target + channels[n], numbers[n], mask=inside[n])

@@ -41,16 +41,8 @@ MOST_HEADS = 8
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
 """Shared memory of a multiprocessor, and what the system takes of it for every program."""
 
-LARGE_BATCH = 64
-
-MERGES = {1: (64, 4, 1), 16: (32, 4, MOST_HEADS), LARGE_BATCH: (16, 2, MOST_HEADS)}
-"""By the smallest batch they are for: rows (request, split, query head) of the calibrated frame
-that a program of the merge holds at once, its warps and its query heads at most. The device runs as
-many items whatever the batch: requests of small ones have more each, and leave more programs to
-be had."""
-
-FEWEST_ROWS = 16
-"""Of a product."""
+LANE_NUMBERS = 128
+"""Of items, that a lane of the merge holds at once."""
 
 FRAME_ROWS, FRAME_WARPS = 4, 1
 """Queries of a program of `frame_queries`, and its warps."""
@@ -73,6 +65,46 @@ class Tuning:
     stages: int = 4
     warps: int = 1
     registers: int | None = None
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How `merge_rows` is cut.
+
+    items  of a request that a program holds at once, as far as registers go
+    warps  per program
+    bands  of the output per program: all, or one
+    heads  query heads per program at most
+    """
+
+    items: int
+    warps: int = 1
+    bands: int = BANDS
+    heads: int = 1
+
+    def heads_of(self, group: int) -> int:
+        """The most that divide the group and are a power of two."""
+        return min(group & -group, self.heads)
+
+    def items_of(self, head_dim: int, group: int) -> int:
+        """The most that fit."""
+        padded = padded_dim(head_dim)
+        numbers = padded * self.bands // BANDS * self.heads_of(group)
+        tiles = 1 if self.bands == BANDS and head_dim == padded else 2  # one of each frame
+        return min(self.items, LANE_NUMBERS * 32 * self.warps // (tiles * numbers))
+
+
+MERGES = {
+    1: Merge(512, warps=8, bands=1),
+    32: Merge(128, warps=4),
+    64: Merge(64, warps=2),
+    128: Merge(32),
+    512: Merge(8),
+    2048: Merge(4, heads=4),
+}
+"""By the fewest pairs of a request and a KV head that they are for. The device runs as many items
+whatever the batch: few pairs have more each, and leave more programs to be had. From 128 pairs on
+one warp has a query head to itself, and waits for no other."""
 
 
 @dataclass(frozen=True)
@@ -202,16 +234,16 @@ def run_decode(
         pages.page_blocks.shape[1], pages.block_bytes, pages.kind_of.stride(0), kv_heads,
         max_batch * heads,
     )  # fmt: skip
-    merge = _merge_launch(kinds, merge_batch(batch), group, has_ptx(q.device), pdl)
+    merge = _merge_launch(kinds, merge_of(batch * kv_heads), kv_heads, group, pdl)
     merge(
         (
-            -(-batch // merge.constants["REQUESTS"]) * kv_heads,
-            BANDS,
-            -(-group // merge.constants["GP"]),
+            batch * kv_heads,
+            BANDS // merge.constants["TAKEN"],
+            group // merge.constants["GP"],
         ),
         workspace.partial, workspace.partial_lse, tables.item_start,
         tables.hot_items, frames.value_picks.channel, frames.value_picks.weight,
-        frames.value_centre, workspace.near, out, lse, batch, kv_heads,
+        frames.value_centre, workspace.near, out, lse,
     )  # fmt: skip
 
 
@@ -250,43 +282,42 @@ def _page_launch(
 
 
 @cache
-def _merge_launch(kinds: tuple[Kind, ...], batch: int, group: int, ptx: bool, pdl: bool) -> Launch:
+def _merge_launch(
+    kinds: tuple[Kind, ...], merge: Merge, kv_heads: int, group: int, pdl: bool
+) -> Launch:
     head_dim = kinds[0][0].head_dim
     return Launch(
-        merge_rows, **_tile(head_dim, group), **merge_constants(batch, group),
-        HOT=not kinds[0][0].calibrated, CALIBRATED=kinds[-1][0].calibrated, PTX=ptx, PDL=pdl,
-        num_warps=merge_warps(batch), **launch_options(pdl),
+        merge_rows, **merge_constants(merge, head_dim, kv_heads, group),
+        HOT=not kinds[0][0].calibrated, CALIBRATED=kinds[-1][0].calibrated, PDL=pdl,
+        num_warps=merge.warps, **launch_options(pdl),
     )  # fmt: skip
 
 
 def _tile(head_dim: int, group: int) -> dict[str, int]:
     return {
         "D": head_dim,
-        "DP": max(16 * BANDS, _power_of_two(head_dim)),  # a product takes 16 channels at least
+        "DP": padded_dim(head_dim),
         "G": group,
         "HOT_BLOCK": hadamard_block(head_dim),
         "BAND_BLOCK": hadamard_block(head_dim // BANDS),
     }
 
 
-def merge_batch(batch: int) -> int:
-    """The smallest batch whose merge is cut like this one's."""
-    return max(least for least in MERGES if least <= batch)
+def padded_dim(head_dim: int) -> int:
+    """Channels of a tile: a product takes 16 of a band at least."""
+    return max(16 * BANDS, _power_of_two(head_dim))
 
 
-def merge_constants(batch: int, group: int) -> dict[str, int]:
-    """How `merge_rows` cuts its rows: in large batches a program takes several requests."""
-    most_rows, _, most_heads = MERGES[merge_batch(batch)]
-    heads = min(_power_of_two(group), most_heads)
-    together = FEWEST_ROWS // heads if batch >= LARGE_BATCH else 1
-    least = max(FEWEST_ROWS, heads * together)
-    rows = max(least, most_rows)
-    return {"GP": heads, "REQUESTS": together, "HOT_ROWS": least, "ROWS": rows}
+def merge_of(pairs: int) -> Merge:
+    """How the merge for so many pairs of a request and a KV head is cut."""
+    return MERGES[max(fewest for fewest in MERGES if fewest <= pairs)]
 
 
-def merge_warps(batch: int) -> int:
-    """Warps of a program of `merge_rows`."""
-    return MERGES[merge_batch(batch)][1]
+def merge_constants(merge: Merge, head_dim: int, kv_heads: int, group: int) -> dict[str, int]:
+    """What `merge_rows` is specialised on, besides the frames."""
+    own = {"KV_HEADS": kv_heads, "GP": merge.heads_of(group), "TAKEN": merge.bands}
+    own |= {"ITEMS": merge.items_of(head_dim, group), "WARPS": merge.warps}
+    return _tile(head_dim, group) | own
 
 
 def _power_of_two(n: int) -> int:
