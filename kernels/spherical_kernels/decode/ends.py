@@ -227,24 +227,31 @@ def fours(x):
 @triton.jit
 def load_items(
     Partial, Lse, item, end, column, real, ROW: tl.constexpr, D: tl.constexpr, GP: tl.constexpr,
-    ITEMS: tl.constexpr, ABREAST: tl.constexpr,
+    ROUNDS: tl.constexpr, ABREAST: tl.constexpr,
 ):  # fmt: skip
     """Logarithms [ITEMS, GP] and channels [ITEMS, GP, columns] of the items from `item` on, below
-    `end`, which are ROW rows apart."""
-    ACROSS: tl.constexpr = min(ABREAST, ITEMS)
-    i = tl.arange(0, ACROSS)[None, :, None]
+    `end`, which are ROW rows apart, in the order of `number_items`."""
+    i = tl.arange(0, ABREAST)[:, None, None]
+    n = tl.arange(0, ROUNDS)[None, :, None]
     g = tl.arange(0, GP)[None, None, :]
-    # rounds lie at constant distances, so that none of them needs addresses of its own
-    rounds = tl.arange(0, ITEMS // ACROSS)[:, None, None]
-    inside = rounds * ACROSS < end - item - i
+    inside = n * ABREAST < end - item - i
     first = tl.full([], ROW, tl.int64) * item
-    logs = Lse + first + (i * ROW + g) + rounds * (ACROSS * ROW)
+    # rounds lie at constant distances, so that none of them needs addresses of its own
+    logs = Lse + first + (i * ROW + g) + n * (ABREAST * ROW)
     logs = tl.load(logs, mask=inside, other=-float("inf"))
     parts = Partial + first * D + ((i * ROW + g) * D)[:, :, :, None] + column[None, None, None, :]
-    parts += (rounds * (ACROSS * ROW * D))[:, :, :, None]
+    parts += (n * (ABREAST * ROW * D))[:, :, :, None]
     mask = inside[:, :, :, None] & real[None, None, None, :]
     parts = tl.load(parts, mask=mask, other=0.0)
+    ITEMS: tl.constexpr = ABREAST * ROUNDS
     return tl.reshape(logs, [ITEMS, GP]), tl.reshape(parts, [ITEMS, GP, column.shape[0]])
+
+
+@triton.jit
+def number_items(ROUNDS: tl.constexpr, ABREAST: tl.constexpr):
+    """Which of a tile's items is where: those that one load of all lanes takes are neighbours."""
+    i = tl.arange(0, ABREAST * ROUNDS)
+    return i // ROUNDS + i % ROUNDS * ABREAST
 
 
 @triton.jit
@@ -261,8 +268,8 @@ def weigh(logs, top, mass):
 def merge_rows(
     Partial, Lse, ItemStart, HotItems, Channel, Weight, Centre, Near, Out, OutLse,
     KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-    HOT_BLOCK: tl.constexpr, BAND_BLOCK: tl.constexpr, TAKEN: tl.constexpr, ITEMS: tl.constexpr,
-    WARPS: tl.constexpr,
+    HOT_BLOCK: tl.constexpr, BAND_BLOCK: tl.constexpr, TAKEN: tl.constexpr, ROUNDS: tl.constexpr,
+    ABREAST: tl.constexpr, HOT_ROUNDS: tl.constexpr, HOT_ABREAST: tl.constexpr,
     HOT: tl.constexpr, CALIBRATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The channels of TAKEN bands, all or one, of the output of a request and GP query heads of one
@@ -274,7 +281,8 @@ def merge_rows(
                have blocks of HOT_BLOCK and BAND_BLOCK; Centre float32 [KV_HEADS, D]
     Near       float32 [requests, KV_HEADS * G], q . centre of the keys, base 2
     Out        [requests, KV_HEADS * G, D], zero without items; OutLse float32, natural
-    ITEMS      of a request at once
+    ROUNDS * ABREAST  items of a request at once, HOT_ROUNDS * HOT_ABREAST hot ones where these have
+               more channels or others: ABREAST for each load of all lanes
     HOT, CALIBRATED  whether items may be of the frame
     """
     head = tl.program_id(0) % KV_HEADS
@@ -312,38 +320,38 @@ def merge_rows(
     Partial += (head * G + first_head) * D
     Lse += head * G + first_head
     place = tl.arange(0, DP)
-    ABREAST: tl.constexpr = max(1, WARPS * 128 // (GP * COLUMNS))  # items that a load of all takes
+    ITEMS: tl.constexpr = ROUNDS * ABREAST
     top = tl.full([GP], NONE, tl.float32)
     mass = tl.zeros([GP], tl.float32)
     hot_sums = tl.zeros([GP, DP], tl.float32)
     sums = tl.zeros([GP, COLUMNS], tl.float32)
     if HOT and CALIBRATED and TAKEN == BANDS and D == DP:  # items of both frames lie alike
         logs, parts = load_items(
-            Partial, Lse, first, end, place, place < D, ROW, D, GP, ITEMS, ABREAST
+            Partial, Lse, first, end, place, place < D, ROW, D, GP, ROUNDS, ABREAST
         )  # fmt: skip
         for item in range(first, end, ITEMS):
             share, top, mass, fade = weigh(logs, top, mass)
             hot_sums *= fade
             sums *= fade
-            hot = (tl.arange(0, ITEMS) < middle - item)[:, None]
+            hot = (number_items(ROUNDS, ABREAST) < middle - item)[:, None]
             if item < middle:
                 hot_sums += tl.sum(parts * tl.where(hot, share, 0.0)[:, :, None], 0)
             if item + ITEMS > middle:
                 sums += tl.sum(parts * tl.where(hot, 0.0, share)[:, :, None], 0)
             if item + ITEMS < end:
                 logs, parts = load_items(
-                    Partial, Lse, item + ITEMS, end, place, place < D, ROW, D, GP, ITEMS, ABREAST
+                    Partial, Lse, item + ITEMS, end, place, place < D, ROW, D, GP, ROUNDS, ABREAST
                 )  # fmt: skip
     else:
-        HOT_ITEMS: tl.constexpr = ITEMS * TAKEN // BANDS
-        HOT_ABREAST: tl.constexpr = max(1, WARPS * 128 // (GP * DP))
+        HOT_ITEMS: tl.constexpr = HOT_ROUNDS * HOT_ABREAST
         if HOT:
             hot_logs, hot_parts = load_items(
-                Partial, Lse, first, middle, place, place < D, ROW, D, GP, HOT_ITEMS, HOT_ABREAST
+                Partial, Lse, first, middle, place, place < D, ROW, D, GP, HOT_ROUNDS,
+                HOT_ABREAST,
             )  # fmt: skip
         if CALIBRATED:
             logs, parts = load_items(
-                Partial, Lse, middle, end, column, real, ROW, D, GP, ITEMS, ABREAST
+                Partial, Lse, middle, end, column, real, ROW, D, GP, ROUNDS, ABREAST
             )  # fmt: skip
         if HOT:
             for item in range(first, middle, HOT_ITEMS):
@@ -352,7 +360,7 @@ def merge_rows(
                 if item + HOT_ITEMS < middle:
                     hot_logs, hot_parts = load_items(
                         Partial, Lse, item + HOT_ITEMS, middle, place, place < D, ROW, D, GP,
-                        HOT_ITEMS, HOT_ABREAST,
+                        HOT_ROUNDS, HOT_ABREAST,
                     )  # fmt: skip
         if CALIBRATED:
             for item in range(middle, end, ITEMS):
@@ -361,7 +369,7 @@ def merge_rows(
                 sums = sums * fade + tl.sum(parts * share[:, :, None], 0)
                 if item + ITEMS < end:
                     logs, parts = load_items(
-                        Partial, Lse, item + ITEMS, end, column, real, ROW, D, GP, ITEMS, ABREAST
+                        Partial, Lse, item + ITEMS, end, column, real, ROW, D, GP, ROUNDS, ABREAST
                     )  # fmt: skip
 
     lse = (top + tl.log2(mass) + near) * LN_2

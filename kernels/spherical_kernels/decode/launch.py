@@ -41,8 +41,9 @@ MOST_HEADS = 8
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
 """Shared memory of a multiprocessor, and what the system takes of it for every program."""
 
-LANE_NUMBERS = 128
-"""Of items, that a lane of the merge holds at once."""
+LANE_NUMBERS, BESIDE = 128, 64
+"""Of items, that a lane of the merge holds at once: in one tile, and in one of calibrated items
+beside one of hot ones."""
 
 FRAME_ROWS, FRAME_WARPS = 4, 1
 """Queries of a program of `frame_queries`, and its warps."""
@@ -86,24 +87,20 @@ class Merge:
         """The most that divide the group and are a power of two."""
         return min(group & -group, self.heads)
 
-    def items_of(self, head_dim: int, group: int) -> int:
-        """The most that fit."""
-        padded = padded_dim(head_dim)
-        numbers = padded * self.bands // BANDS * self.heads_of(group)
-        tiles = 1 if self.bands == BANDS and head_dim == padded else 2  # one of each frame
-        return min(self.items, LANE_NUMBERS * 32 * self.warps // (tiles * numbers))
+    def rounds_of(self, items: int, padded_row: int) -> dict[str, int]:
+        """Items of rows of so many channels at once, and how many each load of all lanes takes."""
+        abreast = max(1, min(items, 4 * 32 * self.warps // padded_row))
+        return {"ROUNDS": items // abreast, "ABREAST": abreast}
 
 
 MERGES = {
-    1: Merge(512, warps=8, bands=1),
-    32: Merge(128, warps=4),
-    64: Merge(64, warps=2),
-    128: Merge(32),
+    1: Merge(64, bands=1),
+    64: Merge(32),
     512: Merge(8),
     2048: Merge(4, heads=4),
 }
 """By the fewest pairs of a request and a KV head that they are for. The device runs as many items
-whatever the batch: few pairs have more each, and leave more programs to be had. From 128 pairs on
+whatever the batch: few pairs have more each, and leave more programs to be had. From 64 pairs on
 one warp has a query head to itself, and waits for no other."""
 
 
@@ -315,9 +312,17 @@ def merge_of(pairs: int) -> Merge:
 
 def merge_constants(merge: Merge, head_dim: int, kv_heads: int, group: int) -> dict[str, int]:
     """What `merge_rows` is specialised on, besides the frames."""
-    own = {"KV_HEADS": kv_heads, "GP": merge.heads_of(group), "TAKEN": merge.bands}
-    own |= {"ITEMS": merge.items_of(head_dim, group), "WARPS": merge.warps}
-    return _tile(head_dim, group) | own
+    heads, padded = merge.heads_of(group), padded_dim(head_dim)
+    row, hot_row = padded * merge.bands // BANDS * heads, padded * heads
+    apart = merge.bands < BANDS or head_dim < padded  # hot items are loaded on their own
+    lanes = 32 * merge.warps
+    items = min(merge.items, (BESIDE if apart else LANE_NUMBERS) * lanes // row)
+    hot_items = min(merge.items, LANE_NUMBERS * lanes // hot_row)
+    constants = {"KV_HEADS": kv_heads, "GP": heads, "TAKEN": merge.bands}
+    constants |= merge.rounds_of(items, row)
+    for name, n in merge.rounds_of(hot_items, hot_row).items():
+        constants[f"HOT_{name}"] = n
+    return _tile(head_dim, group) | constants
 
 
 def _power_of_two(n: int) -> int:
