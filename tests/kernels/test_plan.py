@@ -159,7 +159,7 @@ def test_there_is_room_for_every_item(seed: int) -> None:
     counts, wave = ragged(seed), random.Random(seed).choice((1, 4, 33, 132))
     items = cut(counts, wave)
     runs = sum(pages > 0 for of_request in counts for pages in of_request)
-    assert len(items) <= 1 + wave + min(3 * wave + runs, wave + 11 * runs)
+    assert len(items) <= 4 + wave + min(3 * wave + runs, wave + 11 * runs)
     longest = max(max(of_request) for of_request in counts)
     share = sum(COSTS[level] * (end - first) for level, _, first, end in items) / wave
     if longest > 2 * max(share, FEWEST) / min(COSTS) + 1:

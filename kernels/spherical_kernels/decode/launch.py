@@ -97,7 +97,7 @@ MERGES = {
     1: Merge(64, bands=1),
     64: Merge(32),
     512: Merge(8),
-    2048: Merge(4, heads=4),
+    2048: Merge(4),
 }
 """By the fewest pairs of a request and a KV head that they are for. The device runs as many items
 whatever the batch: few pairs have more each, and leave more programs to be had. From 64 pairs on

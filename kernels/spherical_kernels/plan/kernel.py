@@ -21,7 +21,7 @@ import triton.language as tl
 SPARED = tl.constexpr(0.06)  # share of the work that small items do, which end the step evenly
 SPARED_FROM = tl.constexpr(32.0)  # cost of a share of the device below which none is spared
 OVER = tl.constexpr(2.0)  # cost by which a large item may then exceed a share
-SMALL = tl.constexpr(8.0)  # cost of a small item: starting it costs about three
+SMALL = tl.constexpr(7.0)  # cost of a small item: starting it costs about three
 MOST_SMALL = tl.constexpr(10)  # small items that a share of the device makes at most
 ROUNDING = tl.constexpr(1e-3)  # of float32 numbers of pages
 ITEM_NUMBERS = tl.constexpr(5)
@@ -114,9 +114,9 @@ def cut_runs(
     # what a share has left where the run's pages go into one large item more than it has shares:
     # room for all that this run leaves, or for two of its small items
     beside = share * (1 - shares / (tl.floor(shares) + 1))
-    beside = tl.where(left * cost > beside, beside / 2, beside)
+    beside = tl.where(left * cost > beside + OVER, beside / 2, beside)
     piece = tl.maximum(tl.maximum(beside, share / MOST_SMALL), SMALL)
-    small = tl.where(left > 0, tl.maximum(tl.floor(left * cost / piece + 0.5), 1), 0.0)
+    small = tl.where(left > 0, tl.maximum(tl.ceil(left * cost / piece - 0.25), 1), 0.0)
     small = tl.minimum(small, left)
     # never so many by far; if they were, a run would be one item
     fits = tl.sum(large + small, 0) <= max_items

@@ -91,7 +91,7 @@ def most_items(wave: int, batch: int, levels: int) -> int:
     (tests/kernels/test_plan.py).
     """
     runs, most_small = batch * levels, int(MOST_SMALL.value)
-    return 1 + wave + min(3 * wave + runs, wave + (most_small + 1) * runs)
+    return 4 + wave + min(3 * wave + runs, wave + (most_small + 1) * runs)
 
 
 def page_costs(pair_bytes: Sequence[float], values: int) -> list[float]:
