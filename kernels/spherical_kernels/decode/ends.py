@@ -255,13 +255,11 @@ def number_items(ROUNDS: tl.constexpr, ABREAST: tl.constexpr):
 
 
 @triton.jit
-def weigh(logs, top, mass):
-    """What items with logarithms [ITEMS, GP] weigh, the new maximum and mass [GP], and what sums so
-    far fade by."""
+def weigh(logs, top):
+    """What items with logarithms [ITEMS, GP] weigh, the new maximum [GP], and what sums so far
+    fade by."""
     higher = tl.maximum(top, tl.max(logs, 0))
-    fade = tl.exp2(top - higher)
-    share = tl.exp2(logs - higher[None, :])
-    return share, higher, mass * fade + tl.sum(share, 0), fade[:, None]
+    return tl.exp2(logs - higher[None, :]), higher, tl.exp2(top - higher)
 
 
 @triton.jit
@@ -314,8 +312,8 @@ def merge_rows(
     if PDL:
         tl.extra.cuda.gdc_wait()
 
-    # a tile is asked for ahead of the loop that adds it up, or ptxas waits for its logarithms
-    # before it has asked for the rest
+    # ahead of the loop, so that weights are worked out while the rest of the tile is on its way:
+    # what is asked for in one block and used in another, ptxas waits for all at once
     ROW: tl.constexpr = KV_HEADS * G
     Partial += (head * G + first_head) * D
     Lse += head * G + first_head
@@ -329,19 +327,21 @@ def merge_rows(
         logs, parts = load_items(
             Partial, Lse, first, end, place, place < D, ROW, D, GP, ROUNDS, ABREAST
         )  # fmt: skip
+        share, top, fade = weigh(logs, top)
         for item in range(first, end, ITEMS):
-            share, top, mass, fade = weigh(logs, top, mass)
-            hot_sums *= fade
-            sums *= fade
+            hot_sums *= fade[:, None]
+            sums *= fade[:, None]
             hot = (number_items(ROUNDS, ABREAST) < middle - item)[:, None]
             if item < middle:
                 hot_sums += tl.sum(parts * tl.where(hot, share, 0.0)[:, :, None], 0)
             if item + ITEMS > middle:
                 sums += tl.sum(parts * tl.where(hot, 0.0, share)[:, :, None], 0)
+            mass = mass * fade + tl.sum(share, 0)
             if item + ITEMS < end:
                 logs, parts = load_items(
                     Partial, Lse, item + ITEMS, end, place, place < D, ROW, D, GP, ROUNDS, ABREAST
                 )  # fmt: skip
+                share, top, fade = weigh(logs, top)
     else:
         HOT_ITEMS: tl.constexpr = HOT_ROUNDS * HOT_ABREAST
         if HOT:
@@ -355,8 +355,9 @@ def merge_rows(
             )  # fmt: skip
         if HOT:
             for item in range(first, middle, HOT_ITEMS):
-                share, top, mass, fade = weigh(hot_logs, top, mass)
-                hot_sums = hot_sums * fade + tl.sum(hot_parts * share[:, :, None], 0)
+                share, top, fade = weigh(hot_logs, top)
+                hot_sums = hot_sums * fade[:, None] + tl.sum(hot_parts * share[:, :, None], 0)
+                mass = mass * fade + tl.sum(share, 0)
                 if item + HOT_ITEMS < middle:
                     hot_logs, hot_parts = load_items(
                         Partial, Lse, item + HOT_ITEMS, middle, place, place < D, ROW, D, GP,
@@ -364,9 +365,10 @@ def merge_rows(
                     )  # fmt: skip
         if CALIBRATED:
             for item in range(middle, end, ITEMS):
-                share, top, mass, fade = weigh(logs, top, mass)
-                hot_sums *= fade
-                sums = sums * fade + tl.sum(parts * share[:, :, None], 0)
+                share, top, fade = weigh(logs, top)
+                hot_sums *= fade[:, None]
+                sums = sums * fade[:, None] + tl.sum(parts * share[:, :, None], 0)
+                mass = mass * fade + tl.sum(share, 0)
                 if item + ITEMS < end:
                     logs, parts = load_items(
                         Partial, Lse, item + ITEMS, end, column, real, ROW, D, GP, ROUNDS, ABREAST
