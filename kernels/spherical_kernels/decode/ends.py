@@ -308,12 +308,12 @@ def merge_rows(
     hot_weight = tl.load(Weight + head * D + channel, mask=real, other=0.0)
     centre = tl.load(Centre + head * D + channel, mask=real, other=0.0)
     query = (request * KV_HEADS + head) * G + first_head + tl.arange(0, GP)
-    near = tl.load(Near + query)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
-    # ahead of the loop, so that weights are worked out while the rest of the tile is on its way:
-    # what is asked for in one block and used in another, ptxas waits for all at once
+    # a tile and its weights ahead of the loop that adds it up: of all that is on its way from one
+    # block to another ptxas waits for the last, so weights would wait for the tile
+    near = tl.load(Near + query)
     ROW: tl.constexpr = KV_HEADS * G
     Partial += (head * G + first_head) * D
     Lse += head * G + first_head
@@ -344,35 +344,44 @@ def merge_rows(
                 share, top, fade = weigh(logs, top)
     else:
         HOT_ITEMS: tl.constexpr = HOT_ROUNDS * HOT_ABREAST
-        if HOT:
-            hot_logs, hot_parts = load_items(
-                Partial, Lse, first, middle, place, place < D, ROW, D, GP, HOT_ROUNDS,
-                HOT_ABREAST,
-            )  # fmt: skip
+        hot_top, hot_mass = top, mass
         if CALIBRATED:
             logs, parts = load_items(
                 Partial, Lse, middle, end, column, real, ROW, D, GP, ROUNDS, ABREAST
-            )  # fmt: skip
+            )
         if HOT:
-            for item in range(first, middle, HOT_ITEMS):
-                share, top, fade = weigh(hot_logs, top)
-                hot_sums = hot_sums * fade[:, None] + tl.sum(hot_parts * share[:, :, None], 0)
-                mass = mass * fade + tl.sum(share, 0)
-                if item + HOT_ITEMS < middle:
-                    hot_logs, hot_parts = load_items(
-                        Partial, Lse, item + HOT_ITEMS, middle, place, place < D, ROW, D, GP,
-                        HOT_ROUNDS, HOT_ABREAST,
-                    )  # fmt: skip
+            hot_logs, hot_parts = load_items(
+                Partial, Lse, first, middle, place, place < D, ROW, D, GP, HOT_ROUNDS, HOT_ABREAST
+            )
+        if CALIBRATED:
+            share, top, fade = weigh(logs, top)
+        if HOT:
+            hot_share, hot_top, hot_fade = weigh(hot_logs, hot_top)
         if CALIBRATED:
             for item in range(middle, end, ITEMS):
-                share, top, fade = weigh(logs, top)
-                hot_sums *= fade[:, None]
                 sums = sums * fade[:, None] + tl.sum(parts * share[:, :, None], 0)
                 mass = mass * fade + tl.sum(share, 0)
                 if item + ITEMS < end:
                     logs, parts = load_items(
                         Partial, Lse, item + ITEMS, end, column, real, ROW, D, GP, ROUNDS, ABREAST
+                    )
+                    share, top, fade = weigh(logs, top)
+        if HOT:
+            for item in range(first, middle, HOT_ITEMS):
+                hot_sums = hot_sums * hot_fade[:, None]
+                hot_sums += tl.sum(hot_parts * hot_share[:, :, None], 0)
+                hot_mass = hot_mass * hot_fade + tl.sum(hot_share, 0)
+                if item + HOT_ITEMS < middle:
+                    hot_logs, hot_parts = load_items(
+                        Partial, Lse, item + HOT_ITEMS, middle, place, place < D, ROW, D, GP,
+                        HOT_ROUNDS, HOT_ABREAST,
                     )  # fmt: skip
+                    hot_share, hot_top, hot_fade = weigh(hot_logs, hot_top)
+        both = tl.maximum(top, hot_top)
+        fade, hot_fade = tl.exp2(top - both), tl.exp2(hot_top - both)
+        top, mass = both, mass * fade + hot_mass * hot_fade
+        sums *= fade[:, None]
+        hot_sums *= hot_fade[:, None]
 
     lse = (top + tl.log2(mass) + near) * LN_2
     lse = tl.where(mass > 0, lse, -float("inf"))
