@@ -84,7 +84,7 @@ from spherical_kernels.codec.patterns import PATTERNS
 from spherical_kernels.codec.slices import slice_layout
 from spherical_kernels.decode.ends import encode_and_frame, frame_queries, merge_rows
 from spherical_kernels.decode.launch import (
-    FRAME_ROWS, FRAME_WARPS, _tile, first_constants, merge_constants, merge_of,
+    FRAME_ROWS, FRAME_WARPS, MERGE_WARPS, _tile, first_constants, merge_constants, merge_of,
 )
 
 head_dim, group, batch, kv_heads = *json.loads(sys.argv[1]), 8
@@ -106,7 +106,7 @@ kernels = (
         encode_and_frame, FRAME_WARPS, encoding | framing | {"encoding": "i32"},
         tile | first_constants(slice_layout(PATTERNS[0], 64, head_dim), 52, group),
     ),
-    (merge_rows, merge.warps, {
+    (merge_rows, MERGE_WARPS, {
         "Partial": "*fp32", "Lse": "*fp32", "ItemStart": "*i32",
         "HotItems": "*i32", "Channel": "*i32", "Weight": "*fp32", "Centre": "*fp32",
         "Near": "*fp32", "Out": "*bf16", "OutLse": "*fp32",

@@ -49,7 +49,7 @@ def compile_kernels(
 def _decode(
     pool: SphericalKVPool, req_to_token: torch.Tensor, q_heads: int, dtype: torch.dtype
 ) -> None:
-    most, batch = -(-max(MERGES) // pool.layout.kv_heads), 1
+    most, batch = min(-(-max(MERGES) // pool.layout.kv_heads), len(req_to_token)), 1
     tables = DecodeTables(pool, req_to_token, 2 * most, q_heads)
     while batch < 2 * most:
         q = _empty(pool, dtype, batch, q_heads, pool.layout.head_dim)

@@ -56,11 +56,10 @@ def test_smaller_pages(d: int, page: int) -> None:
     ("merge", "group", "d"),
     [
         (Merge(4, bands=1), 3, 64),
-        (Merge(8, warps=2, bands=1), 1, 128),
+        (Merge(8, bands=1), 1, 128),
         (Merge(2), 3, 64),
-        (Merge(16, warps=2), 1, 128),
-        (Merge(4, heads=4), 4, 64),
-        (Merge(4, heads=4), 6, 80),
+        (Merge(16), 1, 128),
+        (Merge(4), 6, 80),
     ],
     ids=str,
 )

@@ -226,25 +226,22 @@ def fours(x):
 
 @triton.jit
 def load_items(
-    Partial, Lse, item, end, column, real, ROW: tl.constexpr, D: tl.constexpr, GP: tl.constexpr,
+    Partial, Lse, item, end, column, real, ROW: tl.constexpr, D: tl.constexpr,
     ROUNDS: tl.constexpr, ABREAST: tl.constexpr,
 ):  # fmt: skip
-    """Logarithms [ITEMS, GP] and channels [ITEMS, GP, columns] of the items from `item` on, below
-    `end`, which are ROW rows apart, in the order of `number_items`."""
-    i = tl.arange(0, ABREAST)[:, None, None]
-    n = tl.arange(0, ROUNDS)[None, :, None]
-    g = tl.arange(0, GP)[None, None, :]
+    """Logarithms [ITEMS] and channels [ITEMS, columns] of the items from `item` on, below `end`,
+    which are ROW rows apart, in the order of `number_items`."""
+    i = tl.arange(0, ABREAST)[:, None]
+    n = tl.arange(0, ROUNDS)[None, :]
     inside = n * ABREAST < end - item - i
     first = tl.full([], ROW, tl.int64) * item
     # rounds lie at constant distances, so that none of them needs addresses of its own
-    logs = Lse + first + (i * ROW + g) + n * (ABREAST * ROW)
-    logs = tl.load(logs, mask=inside, other=-float("inf"))
-    parts = Partial + first * D + ((i * ROW + g) * D)[:, :, :, None] + column[None, None, None, :]
-    parts += (n * (ABREAST * ROW * D))[:, :, :, None]
-    mask = inside[:, :, :, None] & real[None, None, None, :]
-    parts = tl.load(parts, mask=mask, other=0.0)
+    logs = tl.load(Lse + first + i * ROW + n * (ABREAST * ROW), mask=inside, other=-float("inf"))
+    parts = Partial + first * D + (i * (ROW * D))[:, :, None] + column[None, None, :]
+    parts += (n * (ABREAST * ROW * D))[:, :, None]
+    parts = tl.load(parts, mask=inside[:, :, None] & real[None, None, :], other=0.0)
     ITEMS: tl.constexpr = ABREAST * ROUNDS
-    return tl.reshape(logs, [ITEMS, GP]), tl.reshape(parts, [ITEMS, GP, column.shape[0]])
+    return tl.reshape(logs, [ITEMS]), tl.reshape(parts, [ITEMS, column.shape[0]])
 
 
 @triton.jit
@@ -256,22 +253,28 @@ def number_items(ROUNDS: tl.constexpr, ABREAST: tl.constexpr):
 
 @triton.jit
 def weigh(logs, top):
-    """What items with logarithms [ITEMS, GP] weigh, the new maximum [GP], and what sums so far
-    fade by."""
+    """What items with logarithms [ITEMS] weigh, the new maximum [1], and what sums so far fade
+    by."""
     higher = tl.maximum(top, tl.max(logs, 0))
-    return tl.exp2(logs - higher[None, :]), higher, tl.exp2(top - higher)
+    return tl.exp2(logs - higher), higher, tl.exp2(top - higher)
+
+
+@triton.jit
+def add_items(parts, share):
+    """[ITEMS, n] times what they weigh -> [1, n]."""
+    return tl.sum(parts * share[:, None], 0)[None, :]
 
 
 @triton.jit
 def merge_rows(
     Partial, Lse, ItemStart, HotItems, Channel, Weight, Centre, Near, Out, OutLse,
-    KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr,
     HOT_BLOCK: tl.constexpr, BAND_BLOCK: tl.constexpr, TAKEN: tl.constexpr, ROUNDS: tl.constexpr,
     ABREAST: tl.constexpr, HOT_ROUNDS: tl.constexpr, HOT_ABREAST: tl.constexpr,
     HOT: tl.constexpr, CALIBRATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The channels of TAKEN bands, all or one, of the output of a request and GP query heads of one
-    KV head by every program.
+    """The channels of TAKEN bands, all or one, of the output of a request and query head by every
+    program.
 
     Partial    float32 [items, KV_HEADS, G, D], in the value frames; Lse likewise, base 2
     ItemStart  int32 [requests + 1], HotItems int32 [requests]
@@ -285,7 +288,7 @@ def merge_rows(
     """
     head = tl.program_id(0) % KV_HEADS
     request = tl.program_id(0) // KV_HEADS
-    first_head = tl.program_id(2) * GP
+    own_head = head * G + tl.program_id(2)
     # what does not depend on the kernel before comes first: the plan was ready long ago
     first = tl.load(ItemStart + request)
     end = tl.load(ItemStart + request + 1)
@@ -307,7 +310,7 @@ def merge_rows(
         weight = tl.load(Weight + (KV_HEADS + head) * D + column, mask=real, other=0.0)
     hot_weight = tl.load(Weight + head * D + channel, mask=real, other=0.0)
     centre = tl.load(Centre + head * D + channel, mask=real, other=0.0)
-    query = (request * KV_HEADS + head) * G + first_head + tl.arange(0, GP)
+    query = request * (KV_HEADS * G) + own_head
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -315,31 +318,31 @@ def merge_rows(
     # block to another ptxas waits for the last, so weights would wait for the tile
     near = tl.load(Near + query)
     ROW: tl.constexpr = KV_HEADS * G
-    Partial += (head * G + first_head) * D
-    Lse += head * G + first_head
+    Partial += own_head * D
+    Lse += own_head
     place = tl.arange(0, DP)
     ITEMS: tl.constexpr = ROUNDS * ABREAST
-    top = tl.full([GP], NONE, tl.float32)
-    mass = tl.zeros([GP], tl.float32)
-    hot_sums = tl.zeros([GP, DP], tl.float32)
-    sums = tl.zeros([GP, COLUMNS], tl.float32)
+    top = tl.full([1], NONE, tl.float32)
+    mass = tl.zeros([1], tl.float32)
+    hot_sums = tl.zeros([1, DP], tl.float32)
+    sums = tl.zeros([1, COLUMNS], tl.float32)
     if HOT and CALIBRATED and TAKEN == BANDS and D == DP:  # items of both frames lie alike
         logs, parts = load_items(
-            Partial, Lse, first, end, place, place < D, ROW, D, GP, ROUNDS, ABREAST
+            Partial, Lse, first, end, place, place < D, ROW, D, ROUNDS, ABREAST
         )  # fmt: skip
         share, top, fade = weigh(logs, top)
         for item in range(first, end, ITEMS):
-            hot_sums *= fade[:, None]
-            sums *= fade[:, None]
-            hot = (number_items(ROUNDS, ABREAST) < middle - item)[:, None]
+            hot_sums *= fade
+            sums *= fade
+            hot = number_items(ROUNDS, ABREAST) < middle - item
             if item < middle:
-                hot_sums += tl.sum(parts * tl.where(hot, share, 0.0)[:, :, None], 0)
+                hot_sums += add_items(parts, tl.where(hot, share, 0.0))
             if item + ITEMS > middle:
-                sums += tl.sum(parts * tl.where(hot, 0.0, share)[:, :, None], 0)
+                sums += add_items(parts, tl.where(hot, 0.0, share))
             mass = mass * fade + tl.sum(share, 0)
             if item + ITEMS < end:
                 logs, parts = load_items(
-                    Partial, Lse, item + ITEMS, end, place, place < D, ROW, D, GP, ROUNDS, ABREAST
+                    Partial, Lse, item + ITEMS, end, place, place < D, ROW, D, ROUNDS, ABREAST
                 )  # fmt: skip
                 share, top, fade = weigh(logs, top)
     else:
@@ -347,11 +350,11 @@ def merge_rows(
         hot_top, hot_mass = top, mass
         if CALIBRATED:
             logs, parts = load_items(
-                Partial, Lse, middle, end, column, real, ROW, D, GP, ROUNDS, ABREAST
+                Partial, Lse, middle, end, column, real, ROW, D, ROUNDS, ABREAST
             )
         if HOT:
             hot_logs, hot_parts = load_items(
-                Partial, Lse, first, middle, place, place < D, ROW, D, GP, HOT_ROUNDS, HOT_ABREAST
+                Partial, Lse, first, middle, place, place < D, ROW, D, HOT_ROUNDS, HOT_ABREAST
             )
         if CALIBRATED:
             share, top, fade = weigh(logs, top)
@@ -359,44 +362,42 @@ def merge_rows(
             hot_share, hot_top, hot_fade = weigh(hot_logs, hot_top)
         if CALIBRATED:
             for item in range(middle, end, ITEMS):
-                sums = sums * fade[:, None] + tl.sum(parts * share[:, :, None], 0)
+                sums = sums * fade + add_items(parts, share)
                 mass = mass * fade + tl.sum(share, 0)
                 if item + ITEMS < end:
                     logs, parts = load_items(
-                        Partial, Lse, item + ITEMS, end, column, real, ROW, D, GP, ROUNDS, ABREAST
+                        Partial, Lse, item + ITEMS, end, column, real, ROW, D, ROUNDS, ABREAST
                     )
                     share, top, fade = weigh(logs, top)
         if HOT:
             for item in range(first, middle, HOT_ITEMS):
-                hot_sums = hot_sums * hot_fade[:, None]
-                hot_sums += tl.sum(hot_parts * hot_share[:, :, None], 0)
+                hot_sums = hot_sums * hot_fade + add_items(hot_parts, hot_share)
                 hot_mass = hot_mass * hot_fade + tl.sum(hot_share, 0)
                 if item + HOT_ITEMS < middle:
                     hot_logs, hot_parts = load_items(
-                        Partial, Lse, item + HOT_ITEMS, middle, place, place < D, ROW, D, GP,
+                        Partial, Lse, item + HOT_ITEMS, middle, place, place < D, ROW, D,
                         HOT_ROUNDS, HOT_ABREAST,
                     )  # fmt: skip
                     hot_share, hot_top, hot_fade = weigh(hot_logs, hot_top)
         both = tl.maximum(top, hot_top)
         fade, hot_fade = tl.exp2(top - both), tl.exp2(hot_top - both)
         top, mass = both, mass * fade + hot_mass * hot_fade
-        sums *= fade[:, None]
-        hot_sums *= hot_fade[:, None]
+        sums *= fade
+        hot_sums *= hot_fade
 
     lse = (top + tl.log2(mass) + near) * LN_2
     lse = tl.where(mass > 0, lse, -float("inf"))
-    tl.store(OutLse + query, lse, mask=tl.program_id(1) == 0)
-    out = tl.zeros([GP, COLUMNS], tl.float32)
+    tl.store(OutLse + query + tl.arange(0, 1), lse, mask=tl.program_id(1) == 0)
+    out = tl.zeros([1, COLUMNS], tl.float32)
     if CALIBRATED:
         out = turn(sums, BAND_BLOCK) * weight[None, :]
-    if HOT:
-        picked = tl.broadcast_to(channel[None, :], [GP, COLUMNS])
+    if HOT:  # noqa: SIM102
         if first < middle:
-            out += tl.gather(turn(hot_sums, HOT_BLOCK), picked, 1) * hot_weight[None, :]
-    out = out * tl.where(mass == 0, 0.0, 1.0 / mass)[:, None]  # NaN stays
-    out = tl.where((mass == 0)[:, None], 0.0, out + centre[None, :])
+            out += tl.gather(turn(hot_sums, HOT_BLOCK), channel[None, :], 1) * hot_weight[None, :]
+    out = out * tl.where(mass == 0, 0.0, 1.0 / mass)  # NaN stays
+    out = tl.where(mass == 0, 0.0, out + centre[None, :])
     numbers = fours(out.to(Out.dtype.element_ty))
     channels, inside = fours(channel[None, :]), fours(real[None, :])
-    target = Out + query.to(tl.int64)[:, None] * D
+    target = Out + query.to(tl.int64) * D
     for n in tl.static_range(4):  # channels lie in any order: no two are stored together
         tl.store(target + channels[n], numbers[n], mask=inside[n])

@@ -41,6 +41,11 @@ MOST_HEADS = 8
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
 """Shared memory of a multiprocessor, and what the system takes of it for every program."""
 
+_LOADED = 4  # float32 numbers by a lane at once
+
+MERGE_WARPS = 1
+"""Of a program of `merge_rows`, so that none waits for another."""
+
 LANE_NUMBERS, BESIDE = 128, 64
 """Of items, that a lane of the merge holds at once: in one tile, and in one of calibrated items
 beside one of hot ones."""
@@ -70,27 +75,14 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Merge:
-    """How `merge_rows` is cut.
+    """How `merge_rows` is cut: a warp for every query head of a request.
 
-    items  of a request that a program holds at once, as far as registers go
-    warps  per program
-    bands  of the output per program: all, or one
-    heads  query heads per program at most
+    items  of the request that it holds at once, as far as registers go
+    bands  of the output that it makes: all, or one
     """
 
     items: int
-    warps: int = 1
     bands: int = BANDS
-    heads: int = 1
-
-    def heads_of(self, group: int) -> int:
-        """The most that divide the group and are a power of two."""
-        return min(group & -group, self.heads)
-
-    def rounds_of(self, items: int, padded_row: int) -> dict[str, int]:
-        """Items of rows of so many channels at once, and how many each load of all lanes takes."""
-        abreast = max(1, min(items, 4 * 32 * self.warps // padded_row))
-        return {"ROUNDS": items // abreast, "ABREAST": abreast}
 
 
 MERGES = {
@@ -100,8 +92,7 @@ MERGES = {
     2048: Merge(4),
 }
 """By the fewest pairs of a request and a KV head that they are for. The device runs as many items
-whatever the batch: few pairs have more each, and leave more programs to be had. From 64 pairs on
-one warp has a query head to itself, and waits for no other."""
+whatever the batch: few pairs have more each, and leave more programs to be had."""
 
 
 @dataclass(frozen=True)
@@ -231,13 +222,9 @@ def run_decode(
         pages.page_blocks.shape[1], pages.block_bytes, pages.kind_of.stride(0), kv_heads,
         max_batch * heads,
     )  # fmt: skip
-    merge = _merge_launch(kinds, merge_of(batch * kv_heads), kv_heads, group, pdl)
-    merge(
-        (
-            batch * kv_heads,
-            BANDS // merge.constants["TAKEN"],
-            group // merge.constants["GP"],
-        ),
+    merge = merge_of(batch * kv_heads)
+    _merge_launch(kinds, merge, kv_heads, group, pdl)(
+        (batch * kv_heads, BANDS // merge.bands, group),
         workspace.partial, workspace.partial_lse, tables.item_start,
         tables.hot_items, frames.value_picks.channel, frames.value_picks.weight,
         frames.value_centre, workspace.near, out, lse,
@@ -286,7 +273,7 @@ def _merge_launch(
     return Launch(
         merge_rows, **merge_constants(merge, head_dim, kv_heads, group),
         HOT=not kinds[0][0].calibrated, CALIBRATED=kinds[-1][0].calibrated, PDL=pdl,
-        num_warps=merge.warps, **launch_options(pdl),
+        num_warps=MERGE_WARPS, **launch_options(pdl),
     )  # fmt: skip
 
 
@@ -312,17 +299,20 @@ def merge_of(pairs: int) -> Merge:
 
 def merge_constants(merge: Merge, head_dim: int, kv_heads: int, group: int) -> dict[str, int]:
     """What `merge_rows` is specialised on, besides the frames."""
-    heads, padded = merge.heads_of(group), padded_dim(head_dim)
-    row, hot_row = padded * merge.bands // BANDS * heads, padded * heads
-    apart = merge.bands < BANDS or head_dim < padded  # hot items are loaded on their own
-    lanes = 32 * merge.warps
-    items = min(merge.items, (BESIDE if apart else LANE_NUMBERS) * lanes // row)
-    hot_items = min(merge.items, LANE_NUMBERS * lanes // hot_row)
-    constants = {"KV_HEADS": kv_heads, "GP": heads, "TAKEN": merge.bands}
-    constants |= merge.rounds_of(items, row)
-    for name, n in merge.rounds_of(hot_items, hot_row).items():
-        constants[f"HOT_{name}"] = n
-    return _tile(head_dim, group) | constants
+    row = padded_dim(head_dim)
+    own = row * merge.bands // BANDS
+    apart = merge.bands < BANDS or head_dim < row  # hot items are loaded on their own
+    constants = {"KV_HEADS": kv_heads, "TAKEN": merge.bands}
+    constants |= _rounds(merge.items, own, BESIDE if apart else LANE_NUMBERS)
+    hot = _rounds(merge.items, row, LANE_NUMBERS)
+    return _tile(head_dim, group) | constants | {f"HOT_{name}": n for name, n in hot.items()}
+
+
+def _rounds(items: int, row: int, lane_numbers: int) -> dict[str, int]:
+    """How many items of rows of so many channels each load of a warp takes, and how many loads."""
+    items = min(items, 32 * lane_numbers // row)
+    abreast = max(1, min(items, 32 * _LOADED // row))
+    return {"ROUNDS": items // abreast, "ABREAST": abreast}
 
 
 def _power_of_two(n: int) -> int:
