@@ -11,7 +11,8 @@ Frames and estimates are of the window behind the scored ones, as a server witho
     gradients  the file's distortions
     spreads    errors of logits, and of values relative to their spread, as if all heads attended
                alike: nothing but what frames are made of
-    estimate   the same by how evenly a head attends: what a server goes by (`pool/estimate.py`)
+    even       the same by how evenly a head attends
+    estimate   and by what it reads to copy: what a server goes by (`pool/estimate.py`)
     written    how far the sum that attention adds to the residual stream moves: an estimate times
                the head's spread of values and size of its output projection
     stream     the same relative to the residual stream there
@@ -44,7 +45,7 @@ from sglang_spherical.pool.frames import SINK_TOKENS, Frames
 from sglang_spherical.pool.layout import PageLayout, default_levels
 
 PAGE = max(PAGE_SIZES)
-CHOICES = ("alike", "gradients", "spreads", "estimate", "written", "stream")
+CHOICES = ("alike", "gradients", "spreads", "even", "estimate", "written", "stream")
 STOPS = ("hot", "warm", "cool", "cold")
 SCORED = ("cool", "cold")
 
@@ -76,13 +77,14 @@ def estimates(model: Any, frames: Frames, ids: torch.Tensor) -> dict[str, torch.
     """Distortions [2, layers, kv_heads, choices] by the name of the estimate."""
     estimate, seen = expected_distortion(frames), frames.statistics
     weight = seen.weight().unsqueeze(-1)
-    even = torch.ones_like(weight)
-    even[KEYS] = weight[KEYS].sum() / weight[VALUES].sum()  # the square of the logits' scale
+    alike = torch.ones_like(weight)
+    alike[KEYS] = weight[KEYS].sum() / weight[VALUES].sum()  # the square of the logits' scale
     spread = seen.spread()[VALUES].square().sum(-1)
     written = estimate * (spread * projected(model, spread.shape[1])).unsqueeze(-1)
     stream = stream_square(model, ids).view(-1, 1, 1)
     return {
-        "spreads": estimate / weight * even,
+        "spreads": estimate / weight * alike,
+        "even": estimate / weight * seen.weight(copying=0).unsqueeze(-1),
         "estimate": estimate,
         "written": written,
         "stream": written / stream,

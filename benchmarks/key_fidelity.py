@@ -68,7 +68,7 @@ def calibrate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, page_size: int)
         centre = frames.new_centre(layer, half[1], half[2], positions, d**-0.5)
         assert centre is not None
         frames.freeze_centre(layer, centre)
-        frames.observe(layer, half[0], half[1], half[2], positions, d**-0.5)
+        frames.observe(layer, half[0], half[1], half[2], positions, None, d**-0.5)
     frames.calibrate()
     return frames
 

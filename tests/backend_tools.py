@@ -28,6 +28,7 @@ class Prompt:
 
     def __init__(self, slot: int, seed: int) -> None:
         self.slot, self.length = slot, 0
+        self.ids = torch.arange(LONGEST) % (2 * PAGE + 1)  # every token comes again
         mean = 2 * normal(2, LAYERS, 1, HEADS, DIM, seed=5)
         self.q = normal(LAYERS, LONGEST, HEADS * GROUP, DIM, seed=seed)
         self.k = mean[0] + normal(LAYERS, LONGEST, HEADS, DIM, seed=seed + 1000)
@@ -72,7 +73,10 @@ class Runner:
         starts, ends, last_loc = self.put(before, after, torch.tensor(last))
         loc = self.allocator.alloc_extend(starts, before, ends, after, last_loc, total)
         positions = [torch.arange(a, b) for a, b in zip(before.tolist(), after.tolist())]
-        slots, positions = self.put(torch.tensor([p.slot for p in prompts]), torch.cat(positions))
+        ids = [p.ids[x] for p, x in zip(prompts, positions)]
+        slots, positions, ids = self.put(
+            torch.tensor([p.slot for p in prompts]), torch.cat(positions), torch.cat(ids)
+        )
         batch = SimpleNamespace(
             forward_mode=ForwardMode.EXTEND,
             batch_size=len(prompts),
@@ -82,6 +86,7 @@ class Runner:
             extend_prefix_lens_cpu=before.tolist(),
             extend_seq_lens_cpu=(after - before).tolist(),
             positions=positions,
+            input_ids=ids,
             out_cache_loc=loc,
         )
         return self._run(batch, prompts, after, (after - before).tolist(), "forward_extend")

@@ -100,7 +100,7 @@ def ready_frames(pool: SphericalKVPool, tokens: int = 128) -> None:
     for index in range(pool.layout.layers):
         layer = Layer(index + pool.start_layer)
         q = normal(tokens, pool.layout.kv_heads, pool.layout.head_dim, seed=index)
-        pool.observe(layer, q, k[index], v[index], positions, lambda: empty)
+        pool.observe(layer, q, k[index], v[index], positions, None, lambda: empty)
 
 
 def write(pool: SphericalKVPool, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -120,7 +120,9 @@ class SphericalAttnBackend(AttentionBackend):
             pages = self.allocator.pages_in_use()
             return pages[~torch.isin(pages, opened)]
 
-        self.pool.observe(layer, q, k, v, forward_batch.positions[: len(k)], older_pages)
+        positions, ids = forward_batch.positions[: len(k)], forward_batch.input_ids
+        ids = None if ids is None else ids[: len(k)]
+        self.pool.observe(layer, q, k, v, positions, ids, older_pages)
 
     def _write(self, layer: Any, k: torch.Tensor, v: torch.Tensor, forward_batch: Any) -> None:
         heads, d = layer.tp_k_head_num, layer.head_dim

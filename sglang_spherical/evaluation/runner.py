@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,12 @@ def learn_frames(model: Any, frames: Frames, windows: Iterable[torch.Tensor]) ->
     """Lets frames observe windows int64 [tokens] as if they were prompts, and freezes them."""
 
     def observe(
-        layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+        ids: torch.Tensor,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
     ) -> None:
         """What the server's pool does with a prefill before its tokens are written."""
         positions = torch.arange(k.shape[1], device=k.device)
@@ -39,9 +45,10 @@ def learn_frames(model: Any, frames: Frames, windows: Iterable[torch.Tensor]) ->
         centre = frames.new_centre(layer, k, v, positions)
         if centre is not None:
             frames.freeze_centre(layer, centre)
-        frames.observe(layer, q, k, v, positions, scale)
+        frames.observe(layer, q, k, v, positions, ids, scale)
 
-    _observe(model, observe, windows)
+    for ids in windows:
+        _observe(model, partial(observe, ids), [ids])
     frames.calibrate()
 
 

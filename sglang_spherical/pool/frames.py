@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 
 from sglang_spherical.pool.arena import KEYS, VALUES
+from sglang_spherical.pool.head_statistics import HeadStatistics
 from sglang_spherical.pool.layout import SIDES
 from spherical_kernels.codec.frames import LayerFrames, Picks, calibrated_frame, signed_hadamard
 from spherical_kernels.codec.patterns import FrameKind
@@ -28,104 +29,11 @@ LARGEST = 65504.0
 SINK_TOKENS = 4
 """First positions, whose keys and values are unlike all others and are left out of statistics."""
 
-SAMPLED_QUERIES = 128
-"""Of a prefill, at most, whose attention is looked at."""
-
-SMALLEST_WEIGHT = 1e-6
-"""Of a head that was never seen to read an earlier page; all alike where no prompt is longer than
-two."""
-
 
 def _credible(x: torch.Tensor) -> torch.Tensor:
     """x in float32, zero where no healthy model gets to: one request must not spoil all others."""
     x = x.float()
     return torch.where(x.abs() <= LARGEST, x, 0.0)
-
-
-class HeadStatistics:
-    """Sums over observed tokens, per layer and KV head: squared queries, keys and values, and
-    squared probabilities with which sampled queries read earlier pages but
-    the first, which stays hot.
-
-    Keys and values are taken around the mean of each run of `page_size` tokens, as pages will be.
-    """
-
-    def __init__(
-        self, layers: int, kv_heads: int, head_dim: int, device: torch.device | str
-    ) -> None:
-        shape = (layers, kv_heads, head_dim)
-        self.query_square = torch.zeros(shape, device=device)
-        self.spread_square = torch.zeros(SIDES, *shape, device=device)
-        self.read_square = torch.zeros(SIDES, *shape[:-1], device=device)
-        self.query_count = [0] * layers
-        self.spread_count = [0] * layers
-        self.read_count = [0] * layers
-
-    def add(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, page_size: int
-    ) -> None:
-        """q [n, kv_heads, group, d], k and v [n, kv_heads, d], float32, n consecutive tokens."""
-        whole = len(k) // page_size * page_size
-        self.query_square[layer] += q.square().sum((0, 2))
-        self.query_count[layer] += q.shape[0] * q.shape[2]
-        for side, x in ((KEYS, k), (VALUES, v)):
-            runs = x[:whole].unflatten(0, (-1, page_size))
-            self.spread_square[side, layer] += (
-                (runs - runs.mean(1, keepdim=True)).square().sum((0, 1))
-            )
-        self.spread_count[layer] += whole
-
-    def add_attention(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        positions: torch.Tensor,
-        page_size: int,
-        scale: float,
-    ) -> None:
-        """q [n, kv_heads, group, d], unscaled, k [n, kv_heads, d], float32, sinks included,
-        positions [n]: consecutive tokens of one request or of several, one after another."""
-        pages = positions // page_size
-        asking = (pages > 1).nonzero().squeeze(-1)
-        asking = asking[:: -(-len(asking) // SAMPLED_QUERIES) or 1]
-        if not len(asking):
-            return
-        row = torch.arange(len(positions), device=positions.device)
-        start = positions - row  # the same for the tokens of a request
-        seen = (start == start[asking, None]) & (row <= asking[:, None])
-        coded = (pages < pages[asking, None]) & (pages > 0)  # the first stays hot
-        for head in range(k.shape[1]):  # one by one: what all take together may be too much
-            logits = q[asking, head].transpose(0, 1) * scale @ k[:, head].T
-            p = logits.masked_fill_(~seen, -torch.inf).softmax(-1)
-            read = p.masked_fill_(~coded, 0).square().sum()
-            self.read_square[KEYS, layer, head] += scale**2 * read
-            self.read_square[VALUES, layer, head] += read
-        self.read_count[layer] += len(asking)
-
-    def gain(self) -> torch.Tensor:
-        """Root mean square of the queries: [layers, kv_heads, d]."""
-        count = torch.tensor(self.query_count, device=self.query_square.device)
-        return (self.query_square / count.view(-1, 1, 1)).sqrt()
-
-    def spread(self) -> torch.Tensor:
-        """Root mean square of keys and values around their page: [2, layers, kv_heads, d]."""
-        count = torch.tensor(self.spread_count, device=self.spread_square.device)
-        return (self.spread_square / count.view(-1, 1, 1)).sqrt()
-
-    def weight(self) -> torch.Tensor:
-        """What the squared error of a query's product with a key, and of a value, counts for in
-        what is read of earlier pages: [2, layers, kv_heads]."""
-        count = torch.tensor(self.read_count, device=self.read_square.device)
-        return (self.read_square / count.clamp_min(1).unsqueeze(-1)).clamp_min(SMALLEST_WEIGHT)
-
-    def reset(self) -> None:
-        """Forgets everything observed."""
-        for sums in (self.query_square, self.spread_square, self.read_square):
-            sums.zero_()
-        self.query_count = [0] * len(self.query_count)
-        self.spread_count = [0] * len(self.spread_count)
-        self.read_count = [0] * len(self.read_count)
 
 
 class Frames:
@@ -188,18 +96,19 @@ class Frames:
         k: torch.Tensor,
         v: torch.Tensor,
         positions: torch.Tensor,
+        ids: torch.Tensor | None,
         scale: float,
     ) -> None:
         """Statistics of a prefill's tokens; nothing once the frames are calibrated.
 
-        q [n, q_heads, d], k and v [n, kv_heads, d] in the model's dtype, positions [n]; scale is
-        that of logits.
+        q [n, q_heads, d], k and v [n, kv_heads, d] in the model's dtype, positions [n]; token ids
+        [n], None where there are none; scale is that of logits.
         """
         if self.calibrated:
             return
         q, k, v = (_credible(x) for x in (q, k, v))
         q = q.unflatten(1, (k.shape[1], -1))
-        self.statistics.add_attention(layer, q, k, positions, self.page_size, scale)
+        self.statistics.add_attention(layer, q, k, positions, ids, self.page_size, scale)
         keep = positions >= SINK_TOKENS
         self.statistics.add(layer, q[keep], k[keep], v[keep], self.page_size)
 

@@ -148,9 +148,11 @@ class SphericalKVPool(KVCache):
         k: torch.Tensor,
         v: torch.Tensor,
         positions: torch.Tensor,
+        ids: torch.Tensor | None,
         pages_in_use: Callable[[], torch.Tensor],
     ) -> None:
-        """Lets the frames learn from a prefill, before its tokens are written.
+        """Lets the frames learn from a prefill, before its tokens are written: see
+        `Frames.observe`.
 
         pages_in_use  ids int64 [n] of pages that hold anything, asked once per layer
         """
@@ -161,7 +163,7 @@ class SphericalKVPool(KVCache):
         if centre is not None:
             recentre_pages(self.arena, self.frames, index, pages_in_use(), centre)
             self.frames.freeze_centre(index, centre)
-        self.frames.observe(index, q, k, v, positions, layer.scaling)
+        self.frames.observe(index, q, k, v, positions, ids, layer.scaling)
 
     def lower(self, pages: torch.Tensor, old: int, new: int) -> torch.Tensor:
         """Re-encodes full pages [n] from level `old` to `new`; returns the blocks given back."""

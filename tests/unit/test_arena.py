@@ -288,7 +288,7 @@ def test_the_first_long_prefill_centres_what_shorter_ones_wrote() -> None:
     long_k, long_v = random_tokens(pool, 100, seed=7)
     for index in range(2):
         q = normal(100, 2, 32)
-        args = long_k[index], long_v[index], torch.arange(100)
+        args = long_k[index], long_v[index], torch.arange(100), None
         pool.observe(Layer(index), q, *args, lambda: pages)
         pool.observe(Layer(index), q, *args, lambda: pages)  # frozen: nothing moves again
     assert all(pool.frames.centred)

@@ -64,6 +64,15 @@ def test_a_batch_of_mixed_lengths_is_as_many_single_ones() -> None:
         assert_dense(prompt, out, start)
 
 
+def test_prefills_tell_what_heads_read_to_copy() -> None:
+    """Token ids reach the statistics: in these prompts every token comes again."""
+    runner = Runner()
+    runner.extend((Prompt(1, seed=1), 5 * PAGE), (Prompt(2, seed=2), 4 * PAGE))
+    seen = runner.pool.frames.statistics
+    assert bool((seen.copy_count > 0).all())
+    assert bool((seen.copy_square > 0).all()) and bool((seen.copy_square < seen.read_square).all())
+
+
 def test_nothing_is_written_without_leave() -> None:
     runner, prompt = Runner(), Prompt(1, seed=1)
     runner.extend((prompt, 70))

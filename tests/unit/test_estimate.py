@@ -11,6 +11,7 @@ from sglang_spherical.frame_file import CHOICES
 from sglang_spherical.pool.arena import KEYS, VALUES
 from sglang_spherical.pool.estimate import expected_distortion
 from sglang_spherical.pool.frames import Frames
+from sglang_spherical.pool.head_statistics import SMALLEST_WEIGHT
 from sglang_spherical.pool.kv_pool import SphericalKVPool
 
 LAYERS, HEADS, GROUP, PAGE, TOKENS = 2, 3, 2, 16, 400
@@ -33,7 +34,7 @@ def learnt(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Frames:
         centre = frames.new_centre(layer, k[layer], v[layer], at)
         assert centre is not None
         frames.freeze_centre(layer, centre)
-        frames.observe(layer, q[layer], k[layer], v[layer], at, SCALE)
+        frames.observe(layer, q[layer], k[layer], v[layer], at, None, SCALE)
     frames.calibrate()
     return frames
 
@@ -98,10 +99,11 @@ def test_requests_of_a_batch_read_their_own_tokens() -> None:
     at = torch.cat([torch.arange(end - start) + first for start, end, first in parts])
     together, apart = (Frames(1, HEADS, 64, PAGE, "cpu") for _ in range(2))
     rows = slice(0, 300)
-    together.statistics.add_attention(0, *grouped(q[rows], k[rows]), at, PAGE, SCALE)
+    together.statistics.add_attention(0, *grouped(q[rows], k[rows]), at, None, PAGE, SCALE)
     for start, end, _ in parts:
         rows = slice(start, end)
-        apart.statistics.add_attention(0, *grouped(q[rows], k[rows]), at[rows], PAGE, SCALE)
+        x = grouped(q[rows], k[rows])
+        apart.statistics.add_attention(0, *x, at[rows], None, PAGE, SCALE)
     assert together.statistics.read_count == [118], "every second of those that have a page to read"
     torch.testing.assert_close(
         together.statistics.weight(), apart.statistics.weight(), rtol=0.3, atol=0
@@ -115,11 +117,67 @@ def grouped(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 def test_prompts_of_two_pages_leave_all_heads_alike() -> None:
     frames = Frames(1, HEADS, 64, 64, "cpu")
     q, k, v = (x[0, : 2 * 64] for x in tokens_of(64))
-    frames.observe(0, q, k, v, torch.arange(len(k)), SCALE)
+    frames.observe(0, q, k, v, torch.arange(len(k)), None, SCALE)
     weight = frames.statistics.weight()
     assert bool((weight == weight[0, 0, 0]).all())
     frames.calibrate()
     assert bool(expected_distortion(frames).isfinite().all())
+
+
+# --- copying -------------------------------------------------------------------------------------
+
+SHORT = 128 + 2 * PAGE
+"""Tokens of which all are looked at that have a page to read."""
+
+
+def copies(q: torch.Tensor, k: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """One prompt by hand: over its queries the squared probabilities of what stands in coded pages
+    behind a token like the query's, [kv_heads], and how many queries have such a thing."""
+    logits = torch.einsum("nhgd,thd->hgnt", *grouped(q, k)) * SCALE
+    total, asked = torch.zeros(HEADS), 0
+    for t in range(2 * PAGE, len(k)):
+        p = logits[:, :, t, : t + 1].softmax(-1)
+        behind = [j for j in range(PAGE, t // PAGE * PAGE) if ids[j - 1] == ids[t]]
+        total += p[..., behind].square().sum((1, 2))
+        asked += bool(behind)
+    return total, asked
+
+
+def test_what_is_read_to_copy_is_what_followed_the_same_token() -> None:
+    """Of two requests in one pass too: what stands before the first token of one is none of its."""
+    q, k, _ = (x[0, :SHORT] for x in tokens_of(64))
+    ids = torch.randint(12, (SHORT,), generator=torch.Generator().manual_seed(3))
+    for parts in ([(0, SHORT)], [(0, 70), (70, SHORT)]):
+        frames = Frames(1, HEADS, 64, PAGE, "cpu")
+        at = torch.cat([torch.arange(end - start) for start, end in parts])
+        frames.statistics.add_attention(0, *grouped(q, k), at, ids, PAGE, SCALE)
+        by_hand = [copies(q[start:end], k[start:end], ids[start:end]) for start, end in parts]
+        total, asked = (sum(x) for x in zip(*by_hand))
+        assert asked == frames.statistics.copy_count
+        more = frames.statistics.weight(copying=1) - frames.statistics.weight(copying=0)
+        torch.testing.assert_close(more[VALUES, 0], total / asked)
+        torch.testing.assert_close(more[KEYS, 0], total / asked * SCALE**2)
+        frames.reset()
+        assert bool((frames.statistics.weight() == SMALLEST_WEIGHT).all())
+
+
+def test_a_head_that_copies_weighs_more_where_the_text_repeats_itself() -> None:
+    """Head 0 looks for what followed its token, head 1 as sharply for what stood 40 before."""
+    d, n = 128, 320
+    words = torch.randint(40, (n,), generator=torch.Generator().manual_seed(4))
+    names = torch.nn.functional.one_hot(torch.arange(n), n)[:, :d].float()  # of the first tokens
+    k = torch.zeros(n, 2, d)
+    k[1:, 0] = torch.eye(d)[words[:-1]]
+    k[:, 1] = names
+    q = torch.stack((torch.eye(d)[words], names.roll(40, 0)), 1).unsqueeze(2) * 8
+    weights = {}
+    for name, ids in (("words", words), ("none", None), ("new", torch.arange(n))):
+        frames = Frames(1, 2, d, PAGE, "cpu")
+        frames.statistics.add_attention(0, q, k, torch.arange(n), ids, PAGE, 1.0)
+        weights[name] = frames.statistics.weight()[VALUES, 0]
+    assert torch.equal(weights["new"], weights["none"]), "no token twice: nothing to copy"
+    assert weights["words"][0] > 5 * weights["none"][0]
+    assert weights["words"][1] < 1.5 * weights["none"][1]
 
 
 # --- the pool ------------------------------------------------------------------------------------
@@ -133,7 +191,7 @@ def see(pool: SphericalKVPool, strong: slice) -> None:
     nothing = torch.zeros(0, dtype=torch.int64)
     for index in range(pool.layout.layers):
         q = normal(160, 2, 32, seed=index) * size[index]
-        pool.observe(Layer(index), q, k[index], v[index], torch.arange(160), lambda: nothing)
+        pool.observe(Layer(index), q, k[index], v[index], torch.arange(160), None, lambda: nothing)
 
 
 def fill(pool: SphericalKVPool) -> torch.Tensor:

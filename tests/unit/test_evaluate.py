@@ -48,7 +48,7 @@ def coder(qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> TierCoder:
     frames = Frames(1, KV_HEADS, HEAD_DIM, PAGE, "cpu")
     frames.freeze_centre(0, torch.stack([k.mean(1), v.mean(1)]))
     by_token = q.flatten(0, 1).transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-    frames.observe(0, *by_token, torch.arange(TOKENS), 1.0)
+    frames.observe(0, *by_token, torch.arange(TOKENS), None, 1.0)
     frames.calibrate()
     return TierCoder(frames, LEVELS)
 

@@ -169,7 +169,7 @@ def test_loaded_frames_outlive_a_flush_and_gather_nothing(statistics: FrameStati
     k = torch.randn(128, KV_HEADS, HEAD_DIM)
     positions = torch.arange(128)
     assert frames.new_centre(0, k, k, positions) is None
-    frames.observe(0, k.repeat(1, 2, 1), k, k, positions, 0.125)
+    frames.observe(0, k.repeat(1, 2, 1), k, k, positions, None, 0.125)
     frames.reset()
     assert frames.ready
     assert torch.equal(frames.matrix, before) and torch.equal(frames.centre, statistics.centre)
@@ -181,7 +181,7 @@ def test_a_file_gives_the_frames_that_the_same_text_gives_online() -> None:
     centre = online.new_centre(0, k, v, torch.arange(128))
     assert centre is not None
     online.freeze_centre(0, centre)
-    online.observe(0, q, k, v, torch.arange(128), 0.125)
+    online.observe(0, q, k, v, torch.arange(128), None, 0.125)
     online.calibrate()
     loaded = Frames(1, 4, HEAD_DIM, 16, "cpu")
     seen = online.statistics

@@ -22,7 +22,7 @@ def prefill(pool: SphericalKVPool, tokens: int, seed: int = 0, spoil: float | No
     nothing = torch.zeros(0, dtype=torch.int64)
     for index in range(2):
         layer, at = Layer(index, group=2), torch.arange(tokens)
-        pool.observe(layer, q[index], k[index], v[index], at, lambda: nothing)
+        pool.observe(layer, q[index], k[index], v[index], at, None, lambda: nothing)
 
 
 def test_statistics_are_root_mean_squares_without_sinks() -> None:
@@ -31,7 +31,7 @@ def test_statistics_are_root_mean_squares_without_sinks() -> None:
     q = normal(2, 36, 4, 32)
     k[:, :SINK_TOKENS], v[:, :SINK_TOKENS], q[:, :SINK_TOKENS] = 1e4, 1e4, 1e4
     for layer in range(2):
-        pool.frames.observe(layer, q[layer], k[layer], v[layer], torch.arange(36), 0.125)
+        pool.frames.observe(layer, q[layer], k[layer], v[layer], torch.arange(36), None, 0.125)
     grouped = q[:, 4:].unflatten(2, (2, 2))
     gain = grouped.square().mean((1, 3)).sqrt()
     torch.testing.assert_close(pool.frames.statistics.gain(), gain)
@@ -79,7 +79,7 @@ def test_pages_lowered_early_survive_the_first_long_prompt() -> None:
     before = read_pages(pool, pages)
     k, v = random_tokens(pool, 100, seed=3)
     for layer in range(2):
-        args = k[layer], v[layer], torch.arange(100)
+        args = k[layer], v[layer], torch.arange(100), None
         pool.observe(Layer(layer), normal(100, 2, 32), *args, lambda: pages)
     torch.testing.assert_close(read_pages(pool, pages), before, atol=0.15, rtol=0)
 

@@ -356,6 +356,7 @@ def ready_frames_like_content(cache: Cache, spoil: float | None = None) -> None:
             keys,
             values,
             torch.arange(128),
+            None,
             cache.allocator.pages_in_use,
         )
 
