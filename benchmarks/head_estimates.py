@@ -84,7 +84,7 @@ def estimates(model: Any, frames: Frames, ids: torch.Tensor) -> dict[str, torch.
     stream = stream_square(model, ids).view(-1, 1, 1)
     return {
         "spreads": estimate / weight * alike,
-        "even": estimate / weight * seen.weight(copying=0).unsqueeze(-1),
+        "even": estimate / weight * seen.read().unsqueeze(-1),
         "estimate": estimate,
         "written": written,
         "stream": written / stream,

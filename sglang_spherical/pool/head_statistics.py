@@ -10,9 +10,9 @@ from sglang_spherical.pool.layout import SIDES
 SAMPLED_QUERIES = 128
 """Of a prefill, at most, whose attention is looked at."""
 
-COPYING = 10.0
-"""What reading to copy counts for, against any reading: prompts ask back for more than prose does
-(docs/retention.md)."""
+COPYING = 3.0
+"""How much more errors count in a head that reads to copy and for nothing else: an answer may hang
+on it alone. Measured on one small model (docs/retention.md)."""
 
 SMALLEST_WEIGHT = 1e-6
 """Of a head that was never seen to read an earlier page; all alike where no prompt is longer than
@@ -39,7 +39,7 @@ class HeadStatistics:
         self.query_count = [0] * layers
         self.spread_count = [0] * layers
         self.read_count = [0] * layers
-        self.copy_count = torch.zeros(layers, device=device)  # only the device knows
+        self.copy_count = torch.zeros(layers, device=device)  # the host would have to wait for it
 
     def add(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, page_size: int
@@ -101,14 +101,23 @@ class HeadStatistics:
         count = torch.tensor(self.spread_count, device=self.spread_square.device)
         return (self.spread_square / count.view(-1, 1, 1)).sqrt()
 
-    def weight(self, copying: float = COPYING) -> torch.Tensor:
-        """What the squared error of a query's product with a key, and of a value, counts for in
-        what is read of earlier pages: [2, layers, kv_heads]. Of queries whose token had stood there
-        before, what they read to copy counts `copying` times more."""
+    def read(self) -> torch.Tensor:
+        """Sum of the squared probabilities with which a query reads earlier pages, over a KV head's
+        queries, for keys times the squared scale of logits: [2, layers, kv_heads]."""
         count = torch.tensor(self.read_count, device=self.read_square.device)
-        read = self.read_square / count.clamp_min(1).unsqueeze(-1)
-        copied = self.copy_square / self.copy_count.clamp_min(1).unsqueeze(-1)
-        return (read + copying * copied).clamp_min(SMALLEST_WEIGHT)
+        return self.read_square / count.clamp_min(1).unsqueeze(-1)
+
+    def copied(self) -> torch.Tensor:
+        """The part of `read` that is read to copy, by queries that have something to copy; nothing
+        where no prompt repeats itself."""
+        return self.copy_square / self.copy_count.clamp_min(1).unsqueeze(-1)
+
+    def weight(self) -> torch.Tensor:
+        """What the squared error of a query's product with a key, and of a value, counts for in
+        what is read of earlier pages: [2, layers, kv_heads]."""
+        read = self.read().clamp_min(SMALLEST_WEIGHT)
+        share = (self.copied() / read).clamp_max(1)  # of few queries it may seem more than all
+        return read * (1 + COPYING * share.square())
 
     def reset(self) -> None:
         """Forgets everything observed."""
