@@ -65,7 +65,7 @@ def calibrate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, page_size: int)
     positions = torch.arange(tokens // 2)
     for layer in range(layers):
         half = [x[layer, :, : tokens // 2].float().transpose(0, 1) for x in (q, k, v)]
-        centre = frames.new_centre(layer, half[1], half[2], positions, d**-0.5)
+        centre = frames.new_centre(layer, half[1], half[2], positions)
         assert centre is not None
         frames.freeze_centre(layer, centre)
         frames.observe(layer, half[0], half[1], half[2], positions, None, d**-0.5)
