@@ -49,12 +49,13 @@ def compile_kernels(
 def _decode(
     pool: SphericalKVPool, req_to_token: torch.Tensor, q_heads: int, dtype: torch.dtype
 ) -> None:
-    most, batch = min(-(-max(MERGES) // pool.layout.kv_heads), len(req_to_token)), 1
-    tables = DecodeTables(pool, req_to_token, 2 * most, q_heads)
-    while batch < 2 * most:
+    # the merge alone is another for other batches
+    fewest = (-(-pairs // pool.layout.kv_heads) for pairs in MERGES)
+    batches = [batch for batch in fewest if batch <= len(req_to_token)]
+    tables = DecodeTables(pool, req_to_token, max(batches), q_heads)
+    for batch in batches:
         q = _empty(pool, dtype, batch, q_heads, pool.layout.head_dim)
         tables.attend(0, q, 0.5, _new_tokens(pool, dtype, batch))
-        batch *= 2
 
 
 def _extend(

@@ -10,8 +10,9 @@ with e the error of a key or value, v a value around its page's mean, and A from
 from the prompts. Errors of different tokens average out, all the more the more tokens a head reads:
 that is A; what it reads of the first page and of a query's own is read hot. Every head's output
 counts alike, in whatever units the model has it; what the layers above make of it is not known, but
-for one thing: heads that read to copy, which answers hang on, have A times 1 + `COPYING` share^2,
-with the share of A at tokens that followed the query's own token before (docs/retention.md).
+for one thing: heads that read to copy, which answers hang on, have A times 1 + `COPYING` share^2.
+The share is the sum of the squared probabilities of tokens that followed the query's own token
+before, on average over queries for which there are any, over A (docs/retention.md).
 """
 
 from __future__ import annotations

@@ -14,6 +14,9 @@ COPYING = 3.0
 """How much more errors count in a head that reads to copy and for nothing else: an answer may hang
 on it alone. Measured on one small model (docs/retention.md)."""
 
+FEWEST_COPYING = 16
+"""Queries with something to copy that say what a head does; fewer count as so many."""
+
 SMALLEST_WEIGHT = 1e-6
 """Of a head that was never seen to read an earlier page; all alike where no prompt is longer than
 two."""
@@ -23,7 +26,8 @@ class HeadStatistics:
     """Sums over observed tokens, per layer and KV head: squared queries, keys and values, and
     squared probabilities with which sampled queries read earlier pages but the first, which stays
     hot; of all tokens there, and of those that a head would *copy*: what followed when the query's
-    token stood in the text before (induction heads, arXiv 2209.11895).
+    token stood in the text before (induction heads, arXiv 2209.11895), if not the same token again,
+    as in runs of blanks and the placeholders of an image.
 
     Keys and values are taken around the mean of each run of `page_size` tokens, as pages will be.
     """
@@ -79,13 +83,16 @@ class HeadStatistics:
         coded = (pages < pages[asking, None]) & (pages > 0)  # the first stays hot
         copied = torch.zeros_like(coded)
         if ids is not None:
-            copied = seen & coded & (_before(ids, start) == ids[asking, None])
+            before = _before(ids, start)
+            copied = seen & coded & (before == ids[asking, None]) & (before != ids)
         for head in range(k.shape[1]):  # one by one: what all take together may be too much
             logits = q[asking, head].transpose(0, 1) * scale @ k[:, head].T
             p = logits.masked_fill_(~seen, -torch.inf).softmax(-1)
             square = p.masked_fill_(~coded, 0).square_().sum(0)
-            for sums, tokens in ((self.read_square, coded), (self.copy_square, copied)):
-                read = (square * tokens).sum()
+            for sums, read in (
+                (self.read_square, square.sum()),
+                (self.copy_square, (square * copied).sum()),
+            ):
                 sums[KEYS, layer, head] += scale**2 * read
                 sums[VALUES, layer, head] += read
         self.read_count[layer] += len(asking)
@@ -108,13 +115,13 @@ class HeadStatistics:
         return self.read_square / count.clamp_min(1).unsqueeze(-1)
 
     def copied(self) -> torch.Tensor:
-        """The part of `read` that is read to copy, by queries that have something to copy; nothing
-        where no prompt repeats itself."""
-        return self.copy_square / self.copy_count.clamp_min(1).unsqueeze(-1)
+        """Like `read`, of what is read to copy, on average over the queries that have something to
+        copy, or FEWEST_COPYING of them: nothing where no prompt repeats itself."""
+        return self.copy_square / self.copy_count.clamp_min(FEWEST_COPYING).unsqueeze(-1)
 
     def weight(self) -> torch.Tensor:
         """What the squared error of a query's product with a key, and of a value, counts for in
-        what is read of earlier pages: [2, layers, kv_heads]."""
+        what is read of earlier pages, more in heads that copy: [2, layers, kv_heads]."""
         read = self.read().clamp_min(SMALLEST_WEIGHT)
         share = (self.copied() / read).clamp_max(1)  # of few queries it may seem more than all
         return read * (1 + COPYING * share.square())

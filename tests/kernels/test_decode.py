@@ -55,21 +55,22 @@ def test_smaller_pages(d: int, page: int) -> None:
 @pytest.mark.parametrize(
     ("merge", "group", "d"),
     [
-        (Merge(4, bands=1), 3, 64),
+        (Merge(2, bands=1), 3, 64),
         (Merge(8, bands=1), 1, 128),
         (Merge(2), 3, 64),
         (Merge(16), 1, 128),
-        (Merge(4), 6, 80),
+        (Merge(2), 6, 80),
     ],
     ids=str,
 )
 def test_every_cut_of_the_merge(
     merge: Merge, group: int, d: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One or all bands, one or several query heads, items in one or in several rounds."""
+    """One or all bands, one or several query heads, items in one or in several rounds, of which one
+    has items of both frames."""
     monkeypatch.setattr(launch, "MERGES", {1: merge})
-    tokens = [(PAGE + 5, 4 * PAGE), (3, 0), (0, PAGE), (2 * PAGE, PAGE), (PAGE, 0)]
-    Case((HOT, WARM), tokens, d, group=group).check(items=6)
+    tokens = [(2 * PAGE + 5, 4 * PAGE), (3, 0), (0, PAGE), (2 * PAGE, PAGE), (PAGE, 0)]
+    Case((HOT, WARM), tokens, d, group=group).check(items=9)
 
 
 @pytest.mark.parametrize("d", [64, 128])

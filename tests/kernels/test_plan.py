@@ -155,15 +155,24 @@ def ragged(seed: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_there_is_room_for_every_item(seed: int) -> None:
-    """Were there none, all runs would be one item each."""
     counts, wave = ragged(seed), random.Random(seed).choice((1, 4, 33, 132))
     items = cut(counts, wave)
-    runs = sum(pages > 0 for of_request in counts for pages in of_request)
-    assert len(items) <= 4 + wave + min(3 * wave + runs, wave + 11 * runs)
-    longest = max(max(of_request) for of_request in counts)
+    assert len(items) <= most_items(wave, len(counts), KINDS)
+    longest = max(end - first for _, _, first, end in items)
     share = sum(COSTS[level] * (end - first) for level, _, first, end in items) / wave
-    if longest > 2 * max(share, FEWEST) / min(COSTS) + 1:
-        assert max(end - first for _, _, first, end in items) < longest
+    assert longest <= max(share, FEWEST) / min(COSTS) * 1.6 + 2
+
+
+@pytest.mark.parametrize(
+    ("max_items", "sizes"), [(12, [61] * 8 + [6] * 4), (11, [61] * 8 + [24]), (8, [512])]
+)
+def test_a_plan_that_wants_too_many_items_has_larger_ones(max_items: int, sizes: list[int]) -> None:
+    """Eight shares of 64 pages."""
+    batch = Batch([512 * PAGE], 1, 512, max_items, 8)
+    batch.level[:] = 1
+    tables = batch.plan()
+    used = tables.items[: int(tables.item_start[1])].tolist()
+    assert [end - first for _, first, end, _, _ in used] == sizes
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -137,7 +137,8 @@ def copies(q: torch.Tensor, k: torch.Tensor, ids: torch.Tensor) -> tuple[torch.T
     total, asked = torch.zeros(HEADS), 0
     for t in range(2 * PAGE, len(k)):
         p = logits[:, :, t, : t + 1].softmax(-1)
-        behind = [j for j in range(PAGE, t // PAGE * PAGE) if ids[j - 1] == ids[t]]
+        coded = range(PAGE, t // PAGE * PAGE)
+        behind = [j for j in coded if ids[j - 1] == ids[t] and ids[j] != ids[t]]
         total += p[..., behind].square().sum((1, 2))
         asked += bool(behind)
     return total, asked
@@ -171,11 +172,17 @@ def test_a_head_that_copies_weighs_more_where_the_text_repeats_itself() -> None:
     k[:, 1] = names
     q = torch.stack((torch.eye(d)[words], names.roll(40, 0)), 1).unsqueeze(2) * 8
     weights = {}
-    for name, ids in (("words", words), ("none", None), ("new", torch.arange(n))):
+    few = torch.arange(n)
+    few[[100, 300]] = 7  # one query may copy
+    image = torch.full((n,), 7)
+    cases = {"words": words, "none": None, "new": torch.arange(n), "image": image, "few": few}
+    for name, ids in cases.items():
         frames = Frames(1, 2, d, PAGE, "cpu")
         frames.statistics.add_attention(0, q, k, torch.arange(n), ids, PAGE, 1.0)
         weights[name] = frames.statistics.weight()[VALUES, 0]
     assert torch.equal(weights["new"], weights["none"]), "no token twice: nothing to copy"
+    assert torch.equal(weights["image"], weights["none"]), "one token alone: nothing to copy"
+    assert bool((weights["few"] < 1.1 * weights["none"]).all()), "one query says little"
     assert 0.7 * (1 + COPYING) < weights["words"][0] / weights["none"][0] <= 1 + COPYING
     assert weights["words"][1] < 1.1 * weights["none"][1]
 

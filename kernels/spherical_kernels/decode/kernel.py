@@ -386,8 +386,8 @@ def decode_pages(
             kv_heads, G] likewise, base 2
     """
     head = tl.program_id(0)
-    entry = tl.program_id(1)
-    first_head = tl.program_id(2) * HEADS
+    first_head = tl.program_id(1) * HEADS
+    entry = tl.program_id(2)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     which = tl.load(Items + entry * ITEM_NUMBERS)

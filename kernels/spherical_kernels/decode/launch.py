@@ -215,7 +215,7 @@ def run_decode(
         )
     max_items, max_pages = len(tables.items), tables.pages.shape[1]
     _page_launch(kinds, group, tuning, has_ptx(q.device), pdl)(
-        (kv_heads, max_items, -(-group // MOST_HEADS)),
+        (kv_heads, -(-group // MOST_HEADS), max_items),
         SIGNS, pages.arena.view(torch.int8), tables.items, tables.pages, pages.page_blocks,
         pages.places, pages.kind_of,
         *queries, workspace.partial, workspace.partial_lse, max_pages,

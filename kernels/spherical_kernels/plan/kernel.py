@@ -83,7 +83,7 @@ def sort_pages(
 @triton.jit(do_not_specialize=["batch", "max_items"])  # one binary for all batches
 def cut_runs(
     Runs, Costs, Items, ItemStart, HotItems, batch, runs, max_items, wave,
-    LP: tl.constexpr, BP: tl.constexpr, ITEMS: tl.constexpr, FEWEST: tl.constexpr,
+    LP: tl.constexpr, BP: tl.constexpr, CLEARED: tl.constexpr, FEWEST: tl.constexpr,
 ):  # fmt: skip
     """One program: how many items every run is cut into, large and small ones; clears the items.
 
@@ -91,11 +91,13 @@ def cut_runs(
     Items      int32 [max_items, ITEM_NUMBERS], as in `place_items`
     ItemStart  int32 [runs / LP + 1], HotItems int32 [runs / LP]
     wave       items that the device runs at once
-    BP         runs, ITEMS: numbers of the items, padded to powers of two
+    BP         runs, padded to a power of two
+    CLEARED    numbers of items that are cleared together
     FEWEST     cost of a share at least
     """
-    word = tl.arange(0, ITEMS)
-    tl.store(Items + word, 0, mask=word < max_items * ITEM_NUMBERS)
+    for first in range(0, max_items * ITEM_NUMBERS, CLEARED):
+        number = first + tl.arange(0, CLEARED)
+        tl.store(Items + number, 0, mask=number < max_items * ITEM_NUMBERS)
     run = tl.arange(0, BP)
     request, level = run // LP, run % LP
     exists = run < runs
@@ -118,7 +120,8 @@ def cut_runs(
     piece = tl.maximum(tl.maximum(beside, share / MOST_SMALL), SMALL)
     small = tl.where(left > 0, tl.maximum(tl.ceil(left * cost / piece - 0.25), 1), 0.0)
     small = tl.minimum(small, left)
-    # never so many by far; if they were, a run would be one item
+    # rarely too many: then what a run leaves is one item, in small tables all of the run
+    small = tl.where(tl.sum(large + small, 0) <= max_items, small, tl.minimum(left, 1))
     fits = tl.sum(large + small, 0) <= max_items
     large = tl.where(fits, large, 0.0).to(tl.int32)
     left = tl.where(fits, left, whole).to(tl.int32)

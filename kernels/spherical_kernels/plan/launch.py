@@ -27,6 +27,9 @@ SORT_WARPS, CUT_WARPS, PLACE_WARPS = 4, 8, 4
 ITEMS_AT_ONCE = 128
 """Items and runs that a program of `place_items` looks at together."""
 
+NUMBERS_AT_ONCE = 1024
+"""Of items, that `cut_runs` clears together."""
+
 VALUE_COST = 2
 """Bytes that take a program as long as what it does with a value whatever its bits: where pages of
 8, 4 and 2 bits are read side by side on an H200, their times are as 1.2, 1 and 0.9."""
@@ -78,17 +81,18 @@ class PlanTables:
         return cls(
             table(max_items, ITEM_NUMBERS.value), table(max_batch + 1), table(max_batch),
             table(max_batch, max_pages), table(RUN_NUMBERS, max_batch, padded),
-            torch.tensor([*costs, *[1.0] * (padded - levels)], device=device),
+            torch.tensor(
+                [*costs, *[1.0] * (padded - levels)], dtype=torch.float32, device=device
+            ),
         )  # fmt: skip
 
 
 def most_items(wave: int, batch: int, levels: int) -> int:
     """Items that a plan may make, of which the device runs `wave` at once.
 
-    A share of the device is one large item, and at most MOST_SMALL small ones or parts of them; a
-    run leaves less than a share and what is spared of its own. Where many runs leave much, there is
-    room beside others' items for it: the more they leave, the fewer runs leave it
-    (tests/kernels/test_plan.py).
+    Every share has a large item, and a run leaves about a share at most, which makes MOST_SMALL
+    small ones; where many runs leave much, there is room beside others' items for it. Room for more
+    would be programs without an item in most steps: a plan that wants more has larger ones.
     """
     runs, most_small = batch * levels, int(MOST_SMALL.value)
     return 4 + wave + min(3 * wave + runs, wave + (most_small + 1) * runs)
@@ -132,7 +136,7 @@ def plan_pages(
         req_to_token, slots, lengths, page_level, tables.pages, tables.runs, req_to_token.stride(0),
         max_pages, runs,
     )  # fmt: skip
-    _cut_launch(levels, runs, max_items, fewest_pages)(
+    _cut_launch(levels, runs, fewest_pages)(
         (1, 1, 1),
         tables.runs, tables.costs, tables.items, tables.item_start, tables.hot_items, batch, runs,
         max_items, wave,
@@ -148,11 +152,10 @@ def _sort_launch(page_size: int, levels: int) -> Launch:
 
 
 @cache
-def _cut_launch(levels: int, runs: int, max_items: int, fewest_pages: int) -> Launch:
-    numbers = max_items * int(ITEM_NUMBERS.value)
+def _cut_launch(levels: int, runs: int, fewest_pages: int) -> Launch:
     return Launch(
-        cut_runs, LP=levels, BP=triton.next_power_of_2(runs), FEWEST=fewest_pages,
-        ITEMS=triton.next_power_of_2(numbers), num_warps=CUT_WARPS,
+        cut_runs, LP=levels, BP=triton.next_power_of_2(runs), CLEARED=NUMBERS_AT_ONCE,
+        FEWEST=fewest_pages, num_warps=CUT_WARPS,
     )  # fmt: skip
 
 
