@@ -152,7 +152,8 @@ def parts_of(Runs, Costs, run, known, runs, LP: tl.constexpr):
 
 @triton.jit
 def ahead_of(own_cost, own_place, cost, place, items):
-    """Items [C] of runs and sizes that cost more, or as much and lie before: int32 [R]."""
+    """How many of so many items [C] of each cost start before those of a cost [R]: that cost more,
+    or as much and lie before: int32 [R]."""
     dearer = cost[None, :] > own_cost[:, None]
     as_dear = (cost[None, :] == own_cost[:, None]) & (place[None, :] < own_place[:, None])
     return tl.sum(tl.where(dearer | as_dear, items[None, :], 0), 1)
