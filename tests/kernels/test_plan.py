@@ -180,8 +180,7 @@ def test_items_end_together(seed: int) -> None:
     counts, wave = ragged(100 + seed), 33
     items = cut(counts, wave)
     costs = [COSTS[level] * (end - first) for level, _, first, end in items]
-    share = max(sum(costs) / wave, FEWEST)
-    at_least = max(share, min(max(costs), FEWEST)) + START
+    at_least = max(sum(costs) / wave, FEWEST) + START
     # the last item to start is a small one; each place starts a few
     assert makespan(costs, wave) <= 1.08 * at_least + 2 * START + 8
 

@@ -266,6 +266,27 @@ def add_items(parts, share):
 
 
 @triton.jit
+def add_tiles(
+    parts, share, top, fade, Partial, Lse, first, end, column, real, ROW: tl.constexpr,
+    D: tl.constexpr, ROUNDS: tl.constexpr, ABREAST: tl.constexpr,
+):  # fmt: skip
+    """Sums [1, columns] and mass [1] of the items in [first, end), and the maximum of their
+    logarithms; the first tile and what it weighs were asked for before."""
+    ITEMS: tl.constexpr = ROUNDS * ABREAST
+    sums = tl.zeros([1, column.shape[0]], tl.float32)
+    mass = tl.zeros([1], tl.float32)
+    for item in range(first, end, ITEMS):
+        sums = sums * fade + add_items(parts, share)
+        mass = mass * fade + tl.sum(share, 0)
+        if item + ITEMS < end:
+            logs, parts = load_items(
+                Partial, Lse, item + ITEMS, end, column, real, ROW, D, ROUNDS, ABREAST
+            )
+            share, top, fade = weigh(logs, top)
+    return sums, mass, top
+
+
+@triton.jit
 def merge_rows(
     Partial, Lse, ItemStart, HotItems, Channel, Weight, Centre, Near, Out, OutLse,
     KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr,
@@ -346,7 +367,6 @@ def merge_rows(
                 )  # fmt: skip
                 share, top, fade = weigh(logs, top)
     else:
-        HOT_ITEMS: tl.constexpr = HOT_ROUNDS * HOT_ABREAST
         hot_top, hot_mass = top, mass
         if CALIBRATED:
             logs, parts = load_items(
@@ -361,24 +381,15 @@ def merge_rows(
         if HOT:
             hot_share, hot_top, hot_fade = weigh(hot_logs, hot_top)
         if CALIBRATED:
-            for item in range(middle, end, ITEMS):
-                sums = sums * fade + add_items(parts, share)
-                mass = mass * fade + tl.sum(share, 0)
-                if item + ITEMS < end:
-                    logs, parts = load_items(
-                        Partial, Lse, item + ITEMS, end, column, real, ROW, D, ROUNDS, ABREAST
-                    )
-                    share, top, fade = weigh(logs, top)
+            sums, mass, top = add_tiles(
+                parts, share, top, fade, Partial, Lse, middle, end, column, real, ROW, D, ROUNDS,
+                ABREAST,
+            )  # fmt: skip
         if HOT:
-            for item in range(first, middle, HOT_ITEMS):
-                hot_sums = hot_sums * hot_fade + add_items(hot_parts, hot_share)
-                hot_mass = hot_mass * hot_fade + tl.sum(hot_share, 0)
-                if item + HOT_ITEMS < middle:
-                    hot_logs, hot_parts = load_items(
-                        Partial, Lse, item + HOT_ITEMS, middle, place, place < D, ROW, D,
-                        HOT_ROUNDS, HOT_ABREAST,
-                    )  # fmt: skip
-                    hot_share, hot_top, hot_fade = weigh(hot_logs, hot_top)
+            hot_sums, hot_mass, hot_top = add_tiles(
+                hot_parts, hot_share, hot_top, hot_fade, Partial, Lse, first, middle, place,
+                place < D, ROW, D, HOT_ROUNDS, HOT_ABREAST,
+            )  # fmt: skip
         both = tl.maximum(top, hot_top)
         fade, hot_fade = tl.exp2(top - both), tl.exp2(hot_top - both)
         top, mass = both, mass * fade + hot_mass * hot_fade
