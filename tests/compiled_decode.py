@@ -82,10 +82,11 @@ from triton.compiler import ASTSource
 
 from spherical_kernels.codec.patterns import PATTERNS
 from spherical_kernels.codec.slices import slice_layout
-from spherical_kernels.decode.ends import encode_and_frame, frame_queries, merge_rows
+from spherical_kernels.decode.framing import encode_and_frame, frame_queries
 from spherical_kernels.decode.launch import (
     FRAME_ROWS, FRAME_WARPS, MERGE_WARPS, _tile, first_constants, merge_constants, merge_of,
 )
+from spherical_kernels.decode.merge import merge_rows
 
 head_dim, group, batch, kv_heads = *json.loads(sys.argv[1]), 8
 merge = merge_of(batch * kv_heads)

@@ -1,4 +1,5 @@
-"""Triton body of angle-domain decoding; launch.py sets up what it assumes, ends.py has the rest.
+"""Triton body of angle-domain decoding; launch.py sets up what it assumes, framing.py and
+merge.py have the rest.
 
 A program reads an *item* of one KV head: a range of one request's pages of one kind. Tokens are the
 rows of the matrix products, query heads their columns, two for each:

@@ -23,8 +23,9 @@ from ..device import Launch, has_dependent_launch, has_ptx, launch_options
 from ..encode.launch import SMALL_TUNING, NewTokens
 from ..encode.launch import kernel_constants as encode_constants
 from ..plan.launch import PlanTables
-from .ends import encode_and_frame, frame_queries, merge_rows
+from .framing import encode_and_frame, frame_queries
 from .kernel import decode_pages
+from .merge import merge_rows
 from .operands import SIGNS
 from .tables import key_tables, value_tables
 
