@@ -26,7 +26,7 @@ from backend_tools import GROUP, HEADS, Prompt, Runner
 from sglang_spherical.attention.compile_ahead import compile_kernels
 from sglang_spherical.frame_file import CHOICES
 from sglang_spherical.pool.choice import choose_kinds
-from spherical_kernels.decode import ends, kernel
+from spherical_kernels.decode import framing, kernel, merge
 from spherical_kernels.encode.kernel import encode_tokens_kernel
 from spherical_kernels.extend import ends as extend_ends
 from spherical_kernels.extend.hopper import extend_pages_hopper
@@ -35,7 +35,7 @@ from spherical_kernels.extend.prefixes import locate_slices, sort_prefixes
 from spherical_kernels.retier import kernel as retier
 
 KERNELS = (
-    ends.encode_and_frame, kernel.decode_pages, ends.merge_rows, encode_tokens_kernel,
+    framing.encode_and_frame, kernel.decode_pages, merge.merge_rows, encode_tokens_kernel,
     extend_ends.frame_rows, extend_ends.attend_new_rows, extend_ends.finish_rows,
     sort_prefixes, locate_slices, extend_pages, extend_pages_hopper,
     retier.reencode_slices, retier.copy_slices,
