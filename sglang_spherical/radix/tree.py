@@ -32,7 +32,7 @@ from sglang_spherical.retention.distortion import DROPPED, distortions
 from sglang_spherical.retention.executor import execute
 from sglang_spherical.retention.ladder import Ladder
 from sglang_spherical.retention.nodes import ROOT, NodeTable
-from sglang_spherical.retention.operations import Lower, NodeView, Operation
+from sglang_spherical.retention.operations import NodeView, Operation
 from sglang_spherical.retention.policy import relieve, settle
 
 Node = Any  # sglang's TreeNode, plus `levels`: uint8 [pages], and `row` in the table of nodes
@@ -54,7 +54,7 @@ class SphericalRadixCache(RadixCache):
     saved_evictable, saved_protected   hot-token equivalents saved by unlocked and by locked nodes
     held_hot   by request in flight: its last node, and the first page of its prefix it reads hot
     unsettled  by last node: the page before which a prefix is still to be given its budget
-    left       pages that may be re-encoded for it before the next forward pass
+    left       pages that may still be re-encoded behind this forward pass
     own_from   while a request is inserted: the token from which on its pages are its own
     table      what the policy knows of the nodes
     """
@@ -208,7 +208,7 @@ class SphericalRadixCache(RadixCache):
         # A chunked prompt's pages may still be written, and its next chunk shall see them hot.
         self.held_hot[id(req)] = req.last_node, 0 if chunked else self._recent_page(length)
         if not chunked:
-            self._settle(req.last_node, length)
+            self._leave_to_settle(req.last_node, length)
 
     def cache_finished_req(
         self, req: Any, is_insert: bool = True, *, kv_len_to_handle: int
@@ -219,7 +219,7 @@ class SphericalRadixCache(RadixCache):
         self.own_from = None
         self.held_hot.pop(id(req), None)
         if not self.disable and is_insert and not self.disable_finished_insert:
-            self._settle(self.inserted_node, kv_len_to_handle)
+            self._leave_to_settle(self.inserted_node, kv_len_to_handle)
 
     def _count_hit(self, req: Any) -> None:
         """Tells the metrics, once per request, what prefix it started from."""
@@ -232,9 +232,8 @@ class SphericalRadixCache(RadixCache):
         return max(0, length - self.recent_tokens) // self.page_size
 
     def forward_launched(self) -> None:
-        """A forward pass is on its way: behind it as much may be re-encoded as the next one can
-        wait for."""
-        self.left = self.settle_pages
+        """A forward pass is on its way: behind it as much is re-encoded as the next one can wait
+        for."""
         if self._waits() and self._may_settle():
             self._settle_waiting()
 
@@ -242,7 +241,7 @@ class SphericalRadixCache(RadixCache):
         """Nothing runs: as much is re-encoded as behind a forward pass, and waited for, so that a
         request that comes meanwhile waits for no more than that."""
         if self._waits() and self._may_settle():
-            self.forward_launched()
+            self._settle_waiting()
             self.allocator.pool.order.wait()
 
     def _waits(self) -> bool:
@@ -250,40 +249,38 @@ class SphericalRadixCache(RadixCache):
         be."""
         return bool(self.unsettled) or self._used() > self.high_watermark
 
-    def _settle(self, node: Node, length: int) -> None:
-        """Gives the prefix that ends in `node` its budget; what requests read hot stays hot."""
-        if not self._may_settle():
-            return
-        if self.budget:
+    def _leave_to_settle(self, node: Node, length: int) -> None:
+        """The prefix that ends in `node` is to have its budget. Not now, when an answer waits to be
+        sent, but behind the next forward pass, together with what else there is."""
+        if self.budget and self._may_settle():
             self.unsettled.pop(node, None)
             self.unsettled = {node: self._recent_page(length)} | self.unsettled
-        self._settle_waiting()
 
     def _may_settle(self) -> bool:
         return self._used() >= self.watermark and self.allocator.pool.frames.ready
 
     @timed("insert")
     def _settle_waiting(self) -> None:
-        """Lowers what waits, the newest prefix first, and then what the high watermark asks for: no
-        more than is left until the next forward pass."""
-        tails = self._hot_tails() if self.left and self.unsettled else {}
-        while self.left and self.unsettled:
-            self.left -= self._settle_first(tails, self.left)
+        """Lowers what waits, the newest prefix first, and then what the high watermark asks for:
+        `settle_pages` at most."""
+        self.left = self.settle_pages
+        execute(self, self._budgets())
         surplus = math.ceil((self._used() - self.high_watermark) * self.allocator.size)
         if surplus > 0 and self.left:
-            operations = self._relieve(surplus, drops=False, most_pages=self.left)
-            self.left -= sum(len(lower.pages) for lower in operations if isinstance(lower, Lower))
-            execute(self, operations)
+            execute(self, self._relieve(surplus, drops=False, most_pages=self.left))
 
-    def _settle_first(self, tails: dict[int, int], most_pages: int) -> int:
-        """Lowers up to `most_pages` of the first unsettled prefix; returns how many."""
-        node, end_page = next(iter(self.unsettled.items()))
-        path = self._views(list(self._path(node))[::-1])
-        operations, count = settle(path, self.budget, end_page, tails, most_pages)
-        if count < most_pages:
-            del self.unsettled[node]
-        execute(self, operations)
-        return count
+    def _budgets(self) -> Iterator[Operation]:
+        """What gives waiting prefixes their budgets, as far as there are pages `left`. Prefixes
+        share nodes: the next operation is to be asked for when the one before is in the books."""
+        tails = self._hot_tails() if self.unsettled else {}
+        while self.left and self.unsettled:
+            node, end_page = next(iter(self.unsettled.items()))
+            path = self._views(list(self._path(node))[::-1])
+            operations, count = settle(path, self.budget, end_page, tails, self.left)
+            self.left -= count
+            if self.left:
+                del self.unsettled[node]
+            yield from operations
 
     def _used(self) -> float:
         """The fraction of memory that is not free."""

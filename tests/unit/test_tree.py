@@ -182,10 +182,11 @@ class Cache:
         self.requests.remove(req)
 
     def serve(self, prompt: list[int], extra_key: str | None = None) -> None:
-        """A whole request, from its prompt to the end of it."""
+        """A whole request, from its prompt to the end of it, and the pass behind it."""
         req = self.start(prompt, extra_key)
         assert self.prefill(req, len(prompt))
         self.finish(req)
+        self.tree.forward_launched()
 
     def flush(self) -> None:
         assert not self.requests
@@ -390,6 +391,8 @@ def test_a_running_request_settles_at_the_end_of_its_prompt_and_not_before(cache
         assert cache.levels(pages_of(*LONG)) == [0] * done, "its own chunks see a hot prefix"
         cache.check()
     assert cache.prefill(req, 2 * PAGE, last=False)
+    assert cache.levels(pages_of(*LONG)) == [0] * 8, "its first token is not held up"
+    cache.tree.forward_launched()
     assert cache.levels(pages_of(*LONG)) == [0, 1, 1, 1, 1, 1, 0, 0]
     assert cache.tree.evictable_size() == 0
     assert cache.tree.protected_size() == 8 * PAGE - 5 * (PAGE - COST[WARM])
@@ -397,6 +400,7 @@ def test_a_running_request_settles_at_the_end_of_its_prompt_and_not_before(cache
     for _ in range(2 * PAGE):
         assert cache.decode(req, 5)
     cache.finish(req)
+    cache.tree.forward_launched()
     assert cache.levels(list(req.tokens)) == [0, *[1] * 7, 0, 0], "its new tokens are the newest"
     cache.check()
 
@@ -407,6 +411,7 @@ def test_a_prompt_under_way_sees_its_prefix_hot_whoever_else_ends_on_it(cache: C
     cache.serve(pages_of(*LONG[:4]))
     assert cache.levels(pages_of(*LONG)) == [0] * 6
     assert cache.prefill(long, 2 * PAGE)
+    cache.tree.forward_launched()
     assert cache.levels(pages_of(*LONG)) == [0, 1, 1, 1, 1, 1, 0, 0]
     cache.finish(long)
     cache.check()
@@ -417,10 +422,12 @@ def test_the_newest_tokens_of_a_running_request_stay_hot_for_it(cache: Cache) ->
     assert cache.prefill(short, 4 * PAGE)
     long = cache.start(pages_of(*LONG))
     assert cache.prefill(long, 8 * PAGE)
+    cache.tree.forward_launched()
     assert cache.levels(pages_of(*LONG)) == [0, 1, 0, 0, 1, 1, 0, 0]
     cache.finish(short, insert=False)
     cache.check()
     cache.finish(long)
+    cache.tree.forward_launched()
     assert cache.levels(pages_of(*LONG)) == [0, 1, 1, 1, 1, 1, 0, 0]
     assert not cache.tree.held_hot
     cache.check()
@@ -490,7 +497,6 @@ def test_pages_are_lowered_while_a_running_request_reads_them(cache: Cache) -> N
     """By the budget of a request that ends on them; never by an eviction, and not its newest."""
     reader = cache.start([*pages_of(*LONG), 5])
     assert cache.prefill(reader, MAX_TOKENS)
-    assert cache.levels(pages_of(*LONG)) == [0, WARM, WARM, WARM, WARM, WARM, 0, 0]
     for _ in range(3):
         assert cache.decode(reader, 5)
         cache.serve([*pages_of(*LONG[:3]), *pages_of(2, 2)])
@@ -603,7 +609,7 @@ def test_the_clock_on_the_wall_decides_nothing(monkeypatch: pytest.MonkeyPatch) 
 def test_no_more_than_it_may_is_lowered_between_two_forward_passes(settle_pages: int) -> None:
     cache = Cache(recent=0, settle_pages=settle_pages)
     ready_frames_like_content(cache)
-    cache.serve(pages_of(*LONG[:6]))  # one forward pass, two insertions
+    cache.serve(pages_of(*LONG[:6]))  # with one forward pass behind it
     for done in itertools.count(settle_pages, settle_pages):
         expected = [0, *([WARM] * done)[:5], *[0] * (5 - done)]
         assert cache.levels(pages_of(*LONG[:6])) == expected, "from the beginning"
@@ -612,6 +618,33 @@ def test_no_more_than_it_may_is_lowered_between_two_forward_passes(settle_pages:
             break
         cache.tree.forward_launched()  # nothing has been inserted
     assert done >= 5
+
+
+def test_prefixes_that_share_pages_are_settled_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one call for a pair of levels, and no page twice."""
+    cache = Cache(recent=0)
+    prompts = pages_of(*LONG[:4], 0, 1), pages_of(*LONG[:4], 2, 2)
+    requests = [cache.start(prompt) for prompt in prompts]
+    for req in requests:
+        assert cache.prefill(req, MAX_TOKENS)  # no frames yet: nothing is settled
+    ready_frames_like_content(cache)
+    for req in requests:
+        cache.finish(req)
+    calls: list[tuple[torch.Tensor, int, int]] = []
+    lower = cache.allocator.lower
+
+    def spy(pages: torch.Tensor, old: int, new: int) -> None:
+        calls.append((pages, old, new))
+        lower(pages, old, new)
+
+    monkeypatch.setattr(cache.allocator, "lower", spy)
+    cache.tree.forward_launched()
+    ((pages, old, new),) = calls
+    assert (old, new) == (0, WARM)
+    assert len(pages.unique()) == len(pages) == 3 + 2 + 2
+    for prompt in prompts:
+        assert cache.levels(prompt) == [0] + [WARM] * 5
+    cache.check()
 
 
 def test_an_idle_server_settles_what_waits() -> None:
@@ -677,6 +710,9 @@ def test_hot_originals_replace_what_is_colder_than_the_budget() -> None:
     lowered = cache.levels(pages_of(*LONG[:6]))
     assert {COLD} <= set(lowered) <= {0, WARM, COOL, COLD}
     assert cache.prefill(second, MAX_TOKENS, last=False)
+    assert cache.levels(pages_of(*LONG[:6])) == [0] * 6
+    cache.check()
+    cache.tree.forward_launched()
     assert cache.levels(pages_of(*LONG[:6])) == [0] + [WARM] * 5
     cache.check()
     cache.finish(second)
@@ -978,6 +1014,7 @@ class Serving(RuleBasedStateMachine):
         locked, cached = dict(self.page_levels(req)), self.cache.tree_pages()
         if self.cache.prefill(req, chunk * PAGE, last=False):
             self.learn(req)
+            self.cache.tree.forward_launched()
             self.check_settled(req, locked, cached)
         self.after_eviction()
 
@@ -1015,7 +1052,7 @@ class Serving(RuleBasedStateMachine):
         return pages
 
     def check_settled(self, req: Request, locked: dict[int, int], cached: set[int]) -> None:
-        """At the end of a prompt its old pages have the budget; its newest are as they were.
+        """Behind the end of a prompt its old pages have the budget; its newest are as they were.
 
         locked  levels before, by page, of the prefix that the request already held
         cached  all pages of the tree before: one of another request may have taken the place of
