@@ -194,7 +194,7 @@ class Case:
         return out.cpu(), lse.cpu()
 
     def check(self, slack: float = 1.0, items: int = 3) -> None:
-        """Errors are those of float16 weights, 2**-12 of each, and of 15-bit queries."""
+        """Errors are those of float16 weights, 2**-12 of each, and of 16-bit queries."""
         max_error, rms_error = 4e-3 * slack, 1e-3 * slack
         out, lse = self.actual(items)
         wanted, wanted_lse = self.expected()

@@ -9,7 +9,7 @@ import triton.language as tl
 from ..encode.kernel import encode_rows
 
 BANDS = tl.constexpr(4)  # of a calibrated frame
-QUERY_PEAK = tl.constexpr(16000.0)  # largest integer of a query: high part at most 125
+QUERY_PEAK = tl.constexpr(32000.0)  # largest integer of a query: high part at most 125
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def frame_rows(
     Near    float32 [batch, kv_heads * G], q . centre, base 2
     The rest by set, which are `stride` queries apart: in the hot frame, in the calibrated one by
     bands, in the calibrated one as a whole; [3, batch, kv_heads * G, ...]:
-    Parts   int8 [..., 2, D], integers, their high then their low part: 128 * high + low
+    Parts   int8 [..., 2, D], integers, their high then their low part: 256 * high + low
     Units   float32 [..., BANDS], what an integer of the band stands for, base 2; the same for all
             bands where the query has one unit
     """
@@ -177,8 +177,8 @@ def store_integers(
     tl.store(Units + at, 1.0 / per_unit, mask=known[:, None])
     whole = tl.floor(by_band * per_unit[:, :, None] + 0.5).to(tl.int32)
     whole = tl.reshape(whole, [ROWS, BANDS * PADDED])
-    high = (whole + 64) >> 7
+    high = (whole + 128) >> 8
     inside = known[:, None] & real[None, :]
     target = Parts + query[:, None] * (2 * D) + d[None, :]
     tl.store(target, high.to(tl.int8), mask=inside)
-    tl.store(target + D, (whole - (high << 7)).to(tl.int8), mask=inside)
+    tl.store(target + D, (whole - (high << 8)).to(tl.int8), mask=inside)

@@ -5,7 +5,7 @@ A program reads an *item* of one KV head: a range of one request's pages of one 
 rows of the matrix products, query heads their columns, two for each:
 
 keys     Codes are 8-bit integers as they lie in the page: one mask per four digits, no shift. The
-         query is a 15-bit integer in two, its high part in a head's even column and the low one in
+         query is a 16-bit integer in two, its high part in a head's even column and the low one in
          the odd column. Products are exact, and the tokens' logits need no exchange between lanes.
 values   A digit in the low bits of a 16-bit word reads, as a float16, as digit * 2**(place - 24), a
          subnormal number that tensor cores take exactly. A word holds the bytes of two neighbouring

@@ -317,7 +317,7 @@ def join_parts(products, FOLD: tl.constexpr):
     rows: tl.constexpr = products.shape[0]
     heads: tl.constexpr = products.shape[1] // (2 * FOLD)
     high, low = tl.split(tl.reshape(products, [rows, FOLD * heads, 2]))
-    whole = ((high << 7) + low).to(tl.float32)
+    whole = ((high << 8) + low).to(tl.float32)
     if FOLD == 2:
         whole = tl.permute(tl.reshape(whole, [rows // 8, 8, 2, heads]), (0, 2, 1, 3))
     return tl.reshape(whole, [FOLD * rows, heads])
