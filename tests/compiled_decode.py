@@ -1,17 +1,13 @@
-"""The decode kernel compiled for a GPU that is not here.
-
-Compiling takes a process of its own: in the tests' one Triton may be interpreting.
-"""
+"""The decode kernel compiled for a GPU that is not here."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from compiling import run_apart
 
 from spherical_kernels.codec.patterns import PATTERN_ID, Pattern
 from spherical_kernels.decode.launch import Tuning
@@ -162,22 +158,13 @@ def compile_decode(
         "capability": capability,
         "tuning": asdict(tuning) if tuning else None,
     }
-    return Compiled(**_in_a_process(SCRIPT, given))
+    return Compiled(**_found(SCRIPT, given))
 
 
 def compile_ends(head_dim: int, group: int, batch: int) -> list[Compiled]:
     """The kernels before and after the pages, for sm_90."""
-    return [Compiled(**one) for one in _in_a_process(ENDS_SCRIPT, [head_dim, group, batch])]
+    return [Compiled(**one) for one in _found(ENDS_SCRIPT, [head_dim, group, batch])]
 
 
-def _in_a_process(script: str, given: object) -> Any:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    found = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(given)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 0, found.stderr[-2000:]
-    return json.loads(found.stdout.splitlines()[-1])
+def _found(script: str, given: object) -> Any:
+    return json.loads(run_apart(script, json.dumps(given)).splitlines()[-1])

@@ -1,15 +1,9 @@
-"""The encoder and the re-tiering kernels compile for a GPU that is not here, and spill nothing.
-
-Compiling takes a process of its own: in this one Triton may be interpreting.
-"""
+"""The encoder and the re-tiering kernels compile for a GPU that is not here, and spill nothing."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
+from compiling import run_apart
 
 COMMON = """
 import sys
@@ -78,27 +72,13 @@ usage(reencode_slices, types, constants, {"first_page", "num_pages"}, tuning.war
 """
 
 
-def compile_apart(script: str, *arguments: object) -> str:
-    """What cuobjdump says of the kernels that a script compiles."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    found = subprocess.run(
-        [sys.executable, "-c", COMMON + script, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 0, found.stderr[-2000:]
-    return found.stdout
-
-
 def assert_no_spills(usage: str, kernels: int) -> None:
     assert usage.count("STACK:0") == usage.count("LOCAL:0") == kernels, usage
 
 
 @pytest.mark.parametrize(("d", "pattern"), [(128, 0), (64, 0), (96, 0), (256, 0), (128, 1)])
 def test_encoder_compiles_without_spills(d: int, pattern: int) -> None:
-    assert_no_spills(compile_apart(ENCODE, d, pattern), 2)
+    assert_no_spills(run_apart(COMMON + ENCODE, d, pattern), 2)
 
 
 @pytest.mark.parametrize(
@@ -118,4 +98,4 @@ def test_encoder_compiles_without_spills(d: int, pattern: int) -> None:
     ],
 )
 def test_retiering_compiles_without_spills(d: int, old: int, new: int) -> None:
-    assert_no_spills(compile_apart(RETIER, d, old, new), 1)
+    assert_no_spills(run_apart(COMMON + RETIER, d, old, new), 1)

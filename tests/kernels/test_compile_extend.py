@@ -1,16 +1,11 @@
 """The extend kernels compile for a GPU that is not here, fit into its shared memory, and spill no
 registers where they loop.
-
-Compiling takes a process of its own: in this one Triton may be interpreting.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
+from compiling import run_apart
 from fake_gpu import SHARED_BYTES
 
 SCRIPT = """
@@ -142,13 +137,7 @@ def test_wide_heads_fit(name: str, dtype: str) -> None:
 
 def compile_kernel(name: str, dtype: str, keys: int, values: int, d: int, page: int) -> str:
     """What SCRIPT prints of the kernel. Raises AssertionError where it does not fit."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    arguments = [name, dtype, *(str(value) for value in (keys, values, d, page))]
-    found = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments], env=environment, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr[-2000:]
-    (shared,) = (line for line in found.stdout.splitlines() if line.startswith("shared "))
+    found = run_apart(SCRIPT, name, dtype, keys, values, d, page)
+    (shared,) = (line for line in found.splitlines() if line.startswith("shared "))
     assert int(shared.split()[1]) <= SHARED_BYTES
-    return found.stdout
+    return found

@@ -1,17 +1,12 @@
 """The Hopper kernel of extending compiles for a GPU that is not here: it fits, spills nothing, its
 loops carry what they should, and ptxas lets its products run side by side.
-
-Compiling takes a process of its own: in this one Triton may be interpreting.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import triton
+from compiling import run_apart
 from fake_gpu import SHARED_BYTES
 
 from spherical_kernels.extend.launch import HOPPER_TRITON
@@ -75,14 +70,7 @@ print("shared", compiled.metadata.shared)
     [(0, 0, 128), (2, 3, 128), (8, 9, 128), (5, 6, 128), (7, 6, 64), (8, 9, 64)],
 )
 def test_compiles_without_spills_or_waits(keys: int, values: int, d: int) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    arguments = [str(number) for number in (keys, values, d)]
-    found = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments], env=environment, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr[-2000:]
-    out = found.stdout
+    out = run_apart(SCRIPT, keys, values, d)
     assert "0 bytes spill stores, 0 bytes spill loads" in out, out
     assert "C75" not in out, out  # ptxas waits for every product
     (line,) = (line for line in out.splitlines() if line.startswith("products "))
