@@ -27,9 +27,9 @@ def run(repo_root, script, *args):
 def test_a_small_sweep(repo_root, tiny_model, tmp_path):
     found, png, simulated = (tmp_path / name for name in ("run.json", "run.png", "sim.json"))
     shown = run(
-        repo_root, "multi_turn", "--model", tiny_model, "--pool-tokens", 2048,
+        repo_root, "multi_turn", "--model", tiny_model, "--pool-tokens", 1024,
         "--working-sets", 0.5, 2, "--workloads", "round-robin", "--least-requests", 8,
-        "--first-tokens", 256, "--question-tokens", 100, "--turns", 3, "--scored", 2,
+        "--first-tokens", 192, "--question-tokens", 64, "--turns", 2, "--scored", 1,
         "--json", found, "--plot", png,
     )  # fmt: skip
     assert "| round-robin | 2× |" in shown
@@ -40,7 +40,7 @@ def test_a_small_sweep(repo_root, tiny_model, tmp_path):
     assert len({row["kv_bytes"] for row in rows.values()}) == 1
     assert rows["spherical", 0.5]["page_hit_rate"] == 1.0 == rows["bf16", 0.5]["token_hit_rate"]
     assert rows["spherical", 2]["token_hit_rate"] > rows["bf16", 2]["token_hit_rate"] + 0.3
-    assert all(row["kl_mean"] < 0.1 and row["kl_tokens"] == 16 for row in rows.values())
+    assert all(row["kl_mean"] < 0.1 and row["kl_tokens"] == 8 for row in rows.values())
     assert rows["bf16", 0.5]["kl_mean"] < 0.002
     (tiers,) = [run for run in result["tiers"] if run["working_set"] == 2]
     assert len(tiers["samples"]) > 2 and max(s["hot"] for s in tiers["samples"]) > 0

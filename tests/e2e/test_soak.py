@@ -16,15 +16,15 @@ pytestmark = pytest.mark.e2e
 def test_a_short_soak(repo_root, tiny_model, tmp_path, unlike):
     found, log = tmp_path / "soak.json", tmp_path / "server.log"
     command = [sys.executable, "benchmarks/soak.py", "--model", str(tiny_model)]
-    command += ["--requests", "50", "--json", str(found), "--log", str(log), "--"]
+    command += ["--requests", "30", "--json", str(found), "--log", str(log), "--"]
     if unlike:
         command += ["--page-size", "16", "--spherical-frames", made_up_frames(tiny_model, tmp_path)]
     run = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     result = json.loads(found.read_text())
     assert result["engaged"] and result["alive"] and not result["faults_in_log"]
-    assert sum(result["kinds"].values()) >= 50
-    assert result["outcomes"]["answered"] > 25
+    assert sum(result["kinds"].values()) >= 30
+    assert result["outcomes"]["answered"] > 15
     assert result["cached_tokens"] > 0
     assert result["retractions"] > 0  # SGLANG_TEST_RETRACT forces them
     assert ("patterns chosen per head" in log.read_text()) == unlike
