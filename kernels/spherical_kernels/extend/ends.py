@@ -12,6 +12,13 @@ from .columns import channel_of, columns_of_kind
 NONE = tl.constexpr(-1e30)  # the maximum of no logits
 
 
+@triton.constexpr_function
+def precision_of(dtype):
+    """Of products with frames. Where queries and outputs are 16 bits, what tf32 takes from the
+    frames is a quarter of what rounding an output takes."""
+    return "tf32x3" if dtype == tl.float32 else "tf32"
+
+
 # what changes from batch to batch must not make a new binary
 @triton.jit(do_not_specialize=["tokens", "present"])
 def frame_rows(
@@ -47,6 +54,7 @@ def frame_rows(
         plane = tl.where(kind == i, PLANES[i], plane)
     q_row = Q + (r // G).to(tl.int64) * q_token + (head * G + r % G) * D
     dual = Dual + (plane * kv_heads + head).to(tl.int64) * (D * D)
+    PRECISION: tl.constexpr = precision_of(Q.dtype.element_ty)
     framed = tl.zeros([ROWS, DC], tl.float32)
     near = tl.zeros([ROWS], tl.float32)
     for start in tl.range(0, DC, BLOCK, num_stages=1):
@@ -56,7 +64,7 @@ def frame_rows(
         q = q.to(tl.float32) * scale
         inside = (d < D)[:, None] & (channel < D)[None, :]
         turned = tl.load(dual + channel[None, :] * D + d[:, None], mask=inside, other=0.0)
-        framed = tl.dot(q, turned, framed, input_precision="tf32x3")
+        framed = tl.dot(q, turned, framed, input_precision=PRECISION)
         centre = tl.load(Centre + head * D + d, mask=d < D, other=0.0)
         near += tl.sum(q * centre[None, :], 1)
     framed *= step[None, :]
@@ -115,6 +123,7 @@ def finish_rows(
     plane = tl.cast(items, tl.int64) * stride
     place = (first_item * kv_heads + head).to(tl.int64) * M + m
     centre = tl.load(Centre + head * D + column, mask=column < D, other=0.0)
+    PRECISION: tl.constexpr = precision_of(Out.dtype.element_ty)
     top = tl.full([ROWS], NONE, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     if PDL:
@@ -137,7 +146,7 @@ def finish_rows(
             part = tl.where((channel < D)[None, :], part, 0.0)
             inside = (channel < D)[:, None] & (column < D)[None, :]
             dual = tl.load(at + channel[:, None] * D, mask=inside, other=0.0)
-            out = tl.dot(part, dual, out, input_precision="tf32x3")
+            out = tl.dot(part, dual, out, input_precision=PRECISION)
     near = tl.load(Near + head.to(tl.int64) * rows + r, mask=known, other=0.0)
     prefix = tl.where(some, total + near, -float("inf"))
     at = (r // G * kv_heads + head).to(tl.int64) * G + r % G
