@@ -24,7 +24,7 @@ from spherical_kernels.codec.patterns import PATTERNS
 from spherical_kernels.codec.slices import slice_layout
 from spherical_kernels.extend import ends, kernel
 from spherical_kernels.extend.launch import (
-    FRAME_WARPS, finish_constants, frame_constants, kernel_constants, tuning_for,
+    end_warps, finish_constants, frame_constants, kernel_constants, tuning_for,
 )
 from spherical_kernels.extend.new_tokens import new_rows_constants
 
@@ -69,7 +69,7 @@ source = ASTSource(
     attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
 )
 warps = {
-    "extend_pages": tuning.warps, "frame_rows": FRAME_WARPS, "finish_rows": finish_warps,
+    "extend_pages": tuning.warps, "frame_rows": end_warps(d), "finish_rows": finish_warps,
     "attend_new_rows": 4,
 }[name]
 options = {"num_warps": warps}
@@ -113,6 +113,7 @@ print("spills", sum("STL" in line or "LDL" in line for line in lines))
         ("frame_rows", 2, 3, 256, 64),
         ("finish_rows", 2, 3, 128, 64),
         ("finish_few_rows", 2, 3, 128, 64),
+        ("finish_rows", 2, 3, 256, 64),
         ("attend_new_rows", 2, 3, 128, 64),
         ("attend_new_rows", 2, 3, 256, 64),
     ],
@@ -128,7 +129,7 @@ def test_compiles_without_spills(name: str, keys: int, values: int, d: int, page
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("attend_new_rows", "fp32"), ("finish_rows", "bf16"), ("extend_pages", "fp16")],
+    [("attend_new_rows", "fp32"), ("finish_rows", "fp32"), ("extend_pages", "fp16")],
 )
 def test_wide_heads_fit(name: str, dtype: str) -> None:
     """Registers do not hold these rows of 256 channels, shared memory does."""

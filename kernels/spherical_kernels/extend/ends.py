@@ -14,9 +14,18 @@ NONE = tl.constexpr(-1e30)  # the maximum of no logits
 
 @triton.constexpr_function
 def precision_of(dtype):
-    """Of products with frames. Where queries and outputs are 16 bits, what tf32 takes from the
-    frames is a quarter of what rounding an output takes."""
-    return "tf32x3" if dtype == tl.float32 else "tf32"
+    """Of products with frames. Beside what rounding an output to bfloat16 takes, what tf32 takes
+    does not show."""
+    return "tf32" if dtype == tl.bfloat16 else "tf32x3"
+
+
+@triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    """float32 x as an operand: to the nearest tf32, where tensor cores would cut the rest off and
+    make every product smaller."""
+    if PRECISION == "tf32":
+        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x
 
 
 # what changes from batch to batch must not make a new binary
@@ -64,7 +73,8 @@ def frame_rows(
         q = q.to(tl.float32) * scale
         inside = (d < D)[:, None] & (channel < D)[None, :]
         turned = tl.load(dual + channel[None, :] * D + d[:, None], mask=inside, other=0.0)
-        framed = tl.dot(q, turned, framed, input_precision=PRECISION)
+        turned = operand(turned, PRECISION)
+        framed = tl.dot(operand(q, PRECISION), turned, framed, input_precision=PRECISION)
         centre = tl.load(Centre + head * D + d, mask=d < D, other=0.0)
         near += tl.sum(q * centre[None, :], 1)
     framed *= step[None, :]
@@ -87,9 +97,9 @@ def joined_splits(Partial, Lse, place, column, splits, stride, total, DC: tl.con
     for split in range(splits):
         at = place + split * stride
         logs = tl.load(Lse + at)
-        known = (logs > -float("inf"))[:, None]
-        part = tl.load(Partial + at[:, None] * DC + column[None, :], mask=known, other=0.0)
-        sums += part * tl.exp2(logs - total)[:, None]
+        part = tl.load(Partial + at[:, None] * DC + column[None, :])  # not behind the other load
+        empty = (logs == -float("inf"))[:, None]  # what nobody wrote may be NaN
+        sums += tl.where(empty, 0.0, part * tl.exp2(logs - total)[:, None])
     return sums
 
 
@@ -146,6 +156,7 @@ def finish_rows(
             part = tl.where((channel < D)[None, :], part, 0.0)
             inside = (channel < D)[:, None] & (column < D)[None, :]
             dual = tl.load(at + channel[:, None] * D, mask=inside, other=0.0)
+            part, dual = operand(part, PRECISION), operand(dual, PRECISION)
             out = tl.dot(part, dual, out, input_precision=PRECISION)
     near = tl.load(Near + head.to(tl.int64) * rows + r, mask=known, other=0.0)
     prefix = tl.where(some, total + near, -float("inf"))

@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 SHRUNK, UNITS = 8.0, 4096.0  # of operands (kernel.py)
 _FRAME_ROWS = 64
 _BLOCK_PAGES = 16  # whose centroids meet the queries together
-FRAME_WARPS = 8
 
 Kind = tuple[SliceLayout, SliceLayout]
 """Layouts of the keys and of the values of a page."""
@@ -279,7 +278,8 @@ def _finish(
 @cache
 def _frame_launch(kinds: tuple[Kind, ...], group: int, pdl: bool) -> Launch:
     constants = frame_constants([keys for keys, _ in kinds], group)
-    return Launch(frame_rows, **constants, PDL=pdl, num_warps=FRAME_WARPS, **launch_options(pdl))
+    warps = end_warps(kinds[0][0].head_dim)
+    return Launch(frame_rows, **constants, PDL=pdl, num_warps=warps, **launch_options(pdl))
 
 
 @cache
@@ -315,12 +315,17 @@ def _finish_launch(
 
 def finish_constants(head_dim: int, few: bool) -> tuple[dict[str, Any], int]:
     """What finish_rows is specialised on, but for the frames, and its warps. Few tiles wait for
-    their splits, all columns at once; of many a block of columns, so that two programs fit where
-    one would."""
+    their splits, all columns at once; of many a block of columns, so that more programs fit."""
     columns = columns_of(head_dim)
-    rows, block, warps = (16, 128, 8) if few else (32, 32, 4)
-    constants = {"D": head_dim, "DC": columns, "ROWS": rows, "BLOCK": min(block, columns)}
-    return constants, warps
+    whole = few and columns <= 128
+    constants = {"D": head_dim, "DC": columns, "ROWS": 16 if whole else 32}
+    constants["BLOCK"] = columns if whole else min(64, columns)
+    return constants, 8 if whole else end_warps(head_dim)
+
+
+def end_warps(head_dim: int) -> int:
+    """Of frame_rows and finish_rows: as few as their rows' registers allow."""
+    return 4 if columns_of(head_dim) <= 128 else 8
 
 
 def _bands(planes: tuple[int, ...]) -> tuple[int, ...]:
