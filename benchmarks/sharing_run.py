@@ -38,11 +38,12 @@ from typing import Any
 import aiohttp
 import numpy as np
 import requests
+import sharing_servers
 from capacity import dense_bytes_per_token
 from client import TIMEOUT_SECONDS, command, save
 from serve import LLAMA_8B
 from sharing_report import plot, table
-from sharing_servers import SERVERS, SPHERICAL, flags, server_info, start, start_together
+from sharing_servers import SPHERICAL, flags, server_info, start, start_together
 from sharing_workload import WORKLOADS, Limitless, Shape, Source, Workload, read_text
 from tqdm import tqdm
 
@@ -292,11 +293,8 @@ def say(row: Row) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", type=Path, help="without: random weights of Llama-3.1-8B's shape"
-    )
+    sharing_servers.add_arguments(parser)
     parser.add_argument("--text", type=Path, help="prompts are cut from it; random ids without")
-    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=["spherical", "bf16"])
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--working-sets", nargs="+", type=float, default=WORKING_SETS)
     parser.add_argument("--pool-tokens", type=int, default=8192, help="of the bf16 server")
@@ -308,10 +306,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scored", type=int, default=8, help="answers per cell with KL; 0: none")
     parser.add_argument("--top", type=int, default=128, help="likeliest tokens compared")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--log-dir", type=Path, help="keep the servers' logs here")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("args", nargs="*", help="after --: further flags of every server")
 
 
 def run(benchmark: str, shape: Shape, args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -21,7 +22,10 @@ SPHERICAL = ("spherical", "hot")
 
 def flags(name: str, args: argparse.Namespace) -> list[str]:
     """What makes a server of that name, with `args.kv_bytes` of KV memory."""
-    more = ["--enable-metrics", *(DUMMY if args.dummy else ()), *args.args]
+    dummy = DUMMY if args.dummy else []
+    if args.prefill_graphs:
+        dummy = [flag for flag in dummy if flag != "--disable-prefill-cuda-graph"]
+    more = ["--enable-metrics", *dummy, *args.args]
     if name in SPHERICAL:
         own = ["--kv-format", "spherical", "--spherical-kv-bytes", str(args.kv_bytes)]
         return [*own, *(("--spherical-watermark", "1") if name == "hot" else ()), *more]
@@ -36,6 +40,19 @@ def start(name: str, args: argparse.Namespace) -> AbstractContextManager[Server]
     """A server of that name, while the context lasts."""
     log = args.log_dir / f"{name}.log" if args.log_dir else None
     return launch(args.model, args=flags(name, args), log=log)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark lets one say about its servers."""
+    parser.add_argument(
+        "--model", type=Path, help="without: random weights of Llama-3.1-8B's shape"
+    )
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=["spherical", "bf16"])
+    parser.add_argument(
+        "--prefill-graphs", action="store_true", help="with SGLang's, on a GPU, for random weights"
+    )
+    parser.add_argument("--log-dir", type=Path, help="keep the servers' logs here")
+    parser.add_argument("args", nargs="*", help="after --: further flags of every server")
 
 
 @contextmanager

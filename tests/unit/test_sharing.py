@@ -8,6 +8,7 @@ import runpy
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import first_tokens
 import sharing_run
 import simulate
+from client import Reply
 from sharing_report import join, plot, table
 from sharing_run import Served, divergence, figures
 from sharing_workload import WORKLOADS, Limitless, Shape, Source, Workload, zipf_weights
@@ -242,9 +245,54 @@ def test_lengths_are_flags(name: str, turns: int, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_servers_get_equal_bytes(server: str, wanted: str) -> None:
-    args = argparse.Namespace(kv_bytes=1000, pool_tokens=100, dummy=False, args=["--more"])
+    args = argparse.Namespace(
+        kv_bytes=1000, pool_tokens=100, dummy=False, prefill_graphs=False, args=["--more"]
+    )
     flags = " ".join(sharing_run.flags(server, args))
     assert all(pair in flags for pair in wanted.split(" --")) and "--more" in flags
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_random_weights_come_without_prefill_graphs_unless_asked(graphs: bool) -> None:
+    args = argparse.Namespace(
+        kv_bytes=1000, pool_tokens=100, dummy=True, prefill_graphs=graphs, args=[]
+    )
+    found = sharing_run.flags("bf16", args)
+    assert ("--disable-prefill-cuda-graph" in found) != graphs
+    assert "--skip-tokenizer-init" in found
+
+
+def test_first_tokens_are_medians_over_the_rounds_that_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The replies of a round take 1, 2, ... s, those of the first two rounds ten times as long."""
+    asked: list[tuple[str, list[list[int]]]] = []
+
+    def ask(url: str, prompts: list[list[int]]) -> tuple[list[float], list[Reply]]:
+        asked.append((url, prompts))
+        slow = 10 if len(asked) <= 2 * first_tokens.UNCOUNTED else 1
+        replies = [Reply("", [1], len(p), 64, 1.0) for p in prompts]
+        return [slow * 1e3 * (i + 1) for i in range(len(prompts))], replies
+
+    monkeypatch.setattr(first_tokens, "generate", lambda *_: None)
+    monkeypatch.setattr(first_tokens, "ask_together", ask)
+    monkeypatch.setattr(first_tokens, "REST_S", 0)
+    servers: Any = {name: argparse.Namespace(url=name) for name in ("spherical", "bf16")}
+    rows = first_tokens.measure(servers, new=5, cached=100, at_once=3, rounds=2)
+    assert [row["server"] for row in rows] == ["spherical", "bf16"]
+    for row in rows:
+        assert (row["first_ms"], row["mean_ms"], row["last_ms"]) == (1e3, 2e3, 3e3)
+        assert row["cached_tokens"] == 3 * 64
+    assert [url for url, _ in asked] == ["spherical", "bf16"] * 4
+    for (_, mine), (_, others) in zip(asked[::2], asked[1::2], strict=True):
+        assert mine == others and all(len(prompt) == 105 for prompt in mine)
+    assert asked[0][1] != asked[2][1], "new tokens are new every time"
+
+
+def test_turns_are_two_numbers() -> None:
+    assert first_tokens.turn("128,4096") == (128, 4096)
+    with pytest.raises(argparse.ArgumentTypeError, match="128: expected NEW,CACHED"):
+        first_tokens.turn("128")
 
 
 def test_a_report_needs_no_server(tmp_path: Path) -> None:
