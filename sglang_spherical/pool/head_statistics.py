@@ -7,7 +7,7 @@ import torch
 from sglang_spherical.pool.arena import KEYS, VALUES
 from sglang_spherical.pool.layout import SIDES
 
-SAMPLED_QUERIES = 128
+SAMPLED_QUERIES = 512
 """Of a prefill, at most, whose attention is looked at."""
 
 COPYING = 3.0
