@@ -31,7 +31,7 @@ class SphericalConfig:
     cold_bits: int = 2  # average code bits per value under eviction pressure, before the last tier
     budget: str = "warm"  # the tier that eligible prefix pages are given at once
     watermark: float = 0.0  # used fraction of memory below which nothing is re-tiered
-    high_watermark: float = 1.0  # used fraction above which insertions lower beyond the budget
+    high_watermark: float = 1.0  # used fraction above which pages are lowered beyond the budget
     settle_pages: int | None = None  # pages re-encoded between two forward passes; None: by bytes
     recent_tokens: int = 256  # newest tokens of a request that stay hot
     frames: str | None = None  # calibration file; None calibrates online

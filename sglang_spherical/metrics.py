@@ -31,7 +31,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 PREFIX = "spherical:"
-TRIGGERS = ("insert", "evict")
+TRIGGERS = ("settle", "evict")
 SECONDS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 """Bounds of the histogram's buckets; no decode step shall be later by more than 1 ms."""
 

@@ -11,6 +11,8 @@ import os
 import subprocess
 import sys
 from functools import cache
+from tempfile import TemporaryFile
+from typing import IO
 
 LOOP = """
 import json, os, sys, traceback
@@ -32,28 +34,38 @@ for line in sys.stdin:
 
 
 @cache
-def _process() -> subprocess.Popen[str]:
+def _process() -> tuple[subprocess.Popen[str], IO[str]]:
+    """The process, and the file of what it says beside its answers."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    return subprocess.Popen(
+    beside = TemporaryFile("w+")  # noqa: SIM115, as long as the process
+    process = subprocess.Popen(
         [sys.executable, "-c", LOOP],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=beside,
         text=True,
     )
+    return process, beside
 
 
 def run_apart(script: str, *arguments: object) -> str:
     """What a script prints, given `arguments` as those of a command line. Raises AssertionError
     with its traceback where it fails."""
-    process = _process()
+    process, beside = _process()
     assert process.stdin and process.stdout
-    process.stdin.write(json.dumps([script, *map(str, arguments)]) + "\n")
-    process.stdin.flush()
-    answer = process.stdout.readline()
-    assert answer, f"the process that compiles ended with {process.wait()}"
+    try:
+        process.stdin.write(json.dumps([script, *map(str, arguments)]) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        if not answer:
+            beside.seek(0)
+            raise AssertionError(f"ended with {process.wait()}: {beside.read()[-2000:]}")
+    except BaseException:  # also a timeout: no later script may read this one's answer
+        process.kill()
+        _process.cache_clear()
+        raise
     said, error = json.loads(answer)
     assert error is None, error[-2000:]
     return str(said)

@@ -24,6 +24,8 @@ def refuse_lost_carries() -> None:
     """Compiling such a loop fails from now on in this process; what Triton's cache holds is not
     compiled again."""
     verify = CodeGenerator._verify_loop_carried_variable
+    if verify.__name__ == "verify_and_refuse":
+        return
 
     def verify_and_refuse(self: Any, name: str, loop_value: Any, live_value: Any) -> None:
         verify(self, name, loop_value, live_value)

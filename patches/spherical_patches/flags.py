@@ -54,8 +54,9 @@ _HELP: dict[str, tuple[type, str, str]] = {
     "high_watermark": (
         float,
         "FRACTION",
-        "Used fraction of KV memory above which every insertion lowers cached prefixes beyond "
-        "--spherical-budget, so that less is left to do when memory is short; 1 never does.",
+        "Used fraction of KV memory above which cached prefixes are lowered beyond "
+        "--spherical-budget behind forward passes, so that less is left to do when memory is "
+        "short; 1 never does.",
     ),
     "settle_pages": (
         int,

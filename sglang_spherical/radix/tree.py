@@ -54,7 +54,7 @@ class SphericalRadixCache(RadixCache):
     saved_evictable, saved_protected   hot-token equivalents saved by unlocked and by locked nodes
     held_hot   by request in flight: its last node, and the first page of its prefix it reads hot
     unsettled  by last node: the page before which a prefix is still to be given its budget
-    left       pages that may still be re-encoded behind this forward pass
+    left       pages that prefixes may still have re-encoded behind this forward pass
     own_from   while a request is inserted: the token from which on its pages are its own
     table      what the policy knows of the nodes
     """
@@ -259,7 +259,7 @@ class SphericalRadixCache(RadixCache):
     def _may_settle(self) -> bool:
         return self._used() >= self.watermark and self.allocator.pool.frames.ready
 
-    @timed("insert")
+    @timed("settle")
     def _settle_waiting(self) -> None:
         """Lowers what waits, the newest prefix first, and then what the high watermark asks for:
         `settle_pages` at most."""

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def execute(tree: SphericalRadixCache, operations: Iterable[Operation]) -> int:
     """Applies operations in order, each in the books before the next is asked for, and re-encodes
-    all pages at the end; returns the hot-token equivalents that became free."""
+    all pages at the end: a page may be lowered once, and its node not be dropped after that.
+    Returns the hot-token equivalents that became free."""
     before = tree.allocator.available_size()
     lowered: dict[tuple[int, int], list[tuple[Any, NDArray[np.int64]]]] = {}
     for operation in operations:

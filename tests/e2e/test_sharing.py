@@ -69,7 +69,7 @@ def test_metrics_and_the_live_view(repo_root, tiny_model):
     assert now.moved_bytes > 0 and sum(now.moves.values()) > 0
     # four prefixes of nine whole pages, less what was dropped; the warm-up left less than a page
     assert sum(now.pages.values()) == 4 * 9 - dropped
-    assert now.retention["insert"][0] > before.retention["insert"][0]
+    assert now.retention["settle"][0] > before.retention["settle"][0]
     assert "of 2,048 hot-token equivalents" in view and "hot → warm" in view
 
 

@@ -24,7 +24,7 @@ from spherical_kernels.codec.patterns import PATTERNS
 from spherical_kernels.codec.slices import slice_layout
 from spherical_kernels.extend import ends, kernel
 from spherical_kernels.extend.launch import (
-    end_warps, finish_constants, frame_constants, kernel_constants, tuning_for,
+    FRAME_WARPS, finish_constants, frame_constants, kernel_constants, tuning_for,
 )
 from spherical_kernels.extend.new_tokens import new_rows_constants
 
@@ -69,7 +69,7 @@ source = ASTSource(
     attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
 )
 warps = {
-    "extend_pages": tuning.warps, "frame_rows": end_warps(d), "finish_rows": finish_warps,
+    "extend_pages": tuning.warps, "frame_rows": FRAME_WARPS, "finish_rows": finish_warps,
     "attend_new_rows": 4,
 }[name]
 options = {"num_warps": warps}
@@ -125,6 +125,12 @@ def test_compiles_without_spills(name: str, keys: int, values: int, d: int, page
     assert "spills 0\n" in found and "LOCAL:0" in found, found
     if name == "extend_pages":
         assert "products 0" not in found  # Hopper's tensor cores
+
+
+@pytest.mark.parametrize("name", ["frame_rows", "finish_rows", "finish_few_rows"])
+def test_three_products_for_one_fit_too(name: str) -> None:
+    """As for everything but bfloat16."""
+    assert "spills 0\n" in compile_kernel(name, "fp16", 2, 3, 128, 64)
 
 
 @pytest.mark.parametrize(

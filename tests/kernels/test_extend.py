@@ -21,6 +21,7 @@ from extend_case import (
 
 from spherical_kernels.codec.pages import encode_slices
 from spherical_kernels.codec.patterns import FrameKind, Pattern
+from spherical_kernels.extend import ends
 from spherical_kernels.testing import POISON
 
 
@@ -122,9 +123,31 @@ def test_bytes_of_tokens_that_do_not_exist_change_nothing(valid: int) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.fixture
+def one_product(monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """The dtype of queries that meet the frames in one product of tf32."""
+    if DEVICE == "cpu":  # in Triton's interpreter, which has no bfloat16, float16 does
+        monkeypatch.setattr(ends, "precision_of", lambda _: "tf32")
+        return torch.float16
+    return torch.bfloat16
+
+
+def test_frames_in_one_product(one_product: torch.dtype) -> None:
+    Case([Request("0110", 9, partial=2)], dtype=one_product).check(1.5 if DEVICE == "cpu" else 6)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_nan_shows_in_one_product_too(level: int, one_product: torch.dtype) -> None:
+    assert_nan_shows(level, one_product)
+
+
 @pytest.mark.parametrize("level", [0, 1])
 def test_nan_in_a_radius_or_unit_shows(level: int) -> None:
-    case = Case([Request(f"{level}" * 2, 3)])
+    assert_nan_shows(level, torch.float32)
+
+
+def assert_nan_shows(level: int, dtype: torch.dtype) -> None:
+    case = Case([Request(f"{level}" * 2, 3)], dtype=dtype)
     layout, slices = case.sides[level][1], case.slices[level][1]
     start = layout.scales_offset_bytes if layout.calibrated else layout.radii_offset_bytes
     slices[0, :, start : start + 2] = POISON

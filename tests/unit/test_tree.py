@@ -414,7 +414,7 @@ def test_a_promotion_takes_no_more_memory_than_is_free() -> None:
     cache.check()
 
 
-def test_above_the_high_watermark_insertions_lower_beyond_the_budget() -> None:
+def test_above_the_high_watermark_pages_are_lowered_beyond_the_budget() -> None:
     cache = Cache(recent=0, high_watermark=0.7)
     ready_frames_like_content(cache)
     for first in range(3):

@@ -76,26 +76,40 @@ class Serving(RuleBasedStateMachine):
         ready_frames_like_content(self.cache)
 
     @precondition(lambda self: len(self.cache.requests) < 3)
-    @rule(prompt=prompts, tail=st.integers(1, PAGE), extra=namespaces, chunk=st.integers(1, 9))
-    def start(self, prompt: list[int], tail: int, extra: str | None, chunk: int) -> None:
+    @rule(
+        prompt=prompts,
+        tail=st.integers(1, PAGE),
+        extra=namespaces,
+        chunk=st.integers(1, 9),
+        settles=st.booleans(),
+    )
+    def start(
+        self, prompt: list[int], tail: int, extra: str | None, chunk: int, settles: bool
+    ) -> None:
         tokens = pages_of(*prompt)[: len(prompt) * PAGE - PAGE + tail]
         longest = self.longest_known(tokens[:-1], extra)
         req = self.cache.start(tokens, extra)
         assert req.filled == longest
-        self.prefill(req, chunk)
+        self.prefill(req, chunk, settles)
 
     @precondition(lambda self: any(not req.prefilled for req in self.cache.requests))
-    @rule(place=st.integers(0, 2), chunk=st.integers(1, 9))
-    def go_on_with_a_prompt(self, place: int, chunk: int) -> None:
+    @rule(place=st.integers(0, 2), chunk=st.integers(1, 9), settles=st.booleans())
+    def go_on_with_a_prompt(self, place: int, chunk: int, settles: bool) -> None:
         waiting = [req for req in self.cache.requests if not req.prefilled]
-        self.prefill(waiting[place % len(waiting)], chunk)
+        self.prefill(waiting[place % len(waiting)], chunk, settles)
 
-    def prefill(self, req: Request, chunk: int) -> None:
-        """So many pages of a prompt, the last of which may be a part."""
+    @rule()
+    def a_forward_pass_of_others(self) -> None:
+        self.cache.tree.forward_launched()
+
+    def prefill(self, req: Request, chunk: int, settles: bool) -> None:
+        """So many pages of a prompt, the last of which may be a part; whether the next forward pass
+        comes before anything else."""
         locked, cached = dict(self.page_levels(req)), self.cache.tree_pages()
         if self.cache.prefill(req, chunk * PAGE, last=False):
             self.learn(req)
-            self.cache.tree.forward_launched()
+            if settles:
+                self.cache.tree.forward_launched()
             self.check_settled(req, locked, cached)
         self.after_eviction()
 
@@ -104,7 +118,7 @@ class Serving(RuleBasedStateMachine):
     def serve(self, prompt: list[int], extra: str | None, answer: int) -> None:
         """A request from its start to its end."""
         req = self.cache.start(pages_of(*prompt), extra)
-        self.prefill(req, MAX_TOKENS)
+        self.prefill(req, MAX_TOKENS, settles=True)
         for _ in range(min(answer, MAX_TOKENS - req.filled) if req.prefilled else 0):
             if not self.cache.decode(req, req.filled % PAGE):
                 break

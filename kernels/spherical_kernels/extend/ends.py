@@ -14,15 +14,22 @@ NONE = tl.constexpr(-1e30)  # the maximum of no logits
 
 @triton.constexpr_function
 def precision_of(dtype):
-    """Of products with frames. Beside what rounding an output to bfloat16 takes, what tf32 takes
-    does not show."""
+    """Of products with frames. What tf32 takes is small beside the rounding of an output to
+    bfloat16."""
     return "tf32" if dtype == tl.bfloat16 else "tf32x3"
+
+
+@triton.constexpr_function
+def root_of(d):
+    """What makes whole numbers of the elements of a hot frame, which have no bits to be rounded
+    alike then."""
+    return (d & -d) ** 0.5
 
 
 @triton.jit
 def operand(x, PRECISION: tl.constexpr):
-    """float32 x as an operand: to the nearest tf32, where tensor cores would cut the rest off and
-    make every product smaller."""
+    """Finite float32 x as an operand: to the nearest tf32, where tensor cores would cut the rest
+    off and make every product smaller."""
     if PRECISION == "tf32":
         x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return x
@@ -69,15 +76,15 @@ def frame_rows(
     for start in tl.range(0, DC, BLOCK, num_stages=1):
         d = start + tl.arange(0, BLOCK)
         inside = known[:, None] & (d < D)[None, :]
-        q = tl.load(q_row[:, None] + d[None, :], mask=inside, other=0.0)
-        q = q.to(tl.float32) * scale
+        q = tl.load(q_row[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
         inside = (d < D)[:, None] & (channel < D)[None, :]
         turned = tl.load(dual + channel[None, :] * D + d[:, None], mask=inside, other=0.0)
-        turned = operand(turned, PRECISION)
-        framed = tl.dot(operand(q, PRECISION), turned, framed, input_precision=PRECISION)
+        turned = operand(turned * root_of(D), PRECISION)
+        framed = tl.dot(q, turned, framed, input_precision=PRECISION)
         centre = tl.load(Centre + head * D + d, mask=d < D, other=0.0)
         near += tl.sum(q * centre[None, :], 1)
-    framed *= step[None, :]
+    near *= scale
+    framed *= (step * (scale / root_of(D)))[None, :]
     peak = tl.max(tl.abs(framed), 1)
     unit = tl.where(peak > 0, peak * 2.0**-8, 1.0)
     place = (which * kv_heads + head).to(tl.int64) * (tokens * G) + r
@@ -97,9 +104,9 @@ def joined_splits(Partial, Lse, place, column, splits, stride, total, DC: tl.con
     for split in range(splits):
         at = place + split * stride
         logs = tl.load(Lse + at)
-        part = tl.load(Partial + at[:, None] * DC + column[None, :])  # not behind the other load
-        empty = (logs == -float("inf"))[:, None]  # what nobody wrote may be NaN
-        sums += tl.where(empty, 0.0, part * tl.exp2(logs - total)[:, None])
+        known = (logs > -float("inf"))[:, None]
+        part = tl.load(Partial + at[:, None] * DC + column[None, :], mask=known, other=0.0)
+        sums += part * tl.exp2(logs - total)[:, None]
     return sums
 
 
@@ -156,7 +163,9 @@ def finish_rows(
             part = tl.where((channel < D)[None, :], part, 0.0)
             inside = (channel < D)[:, None] & (column < D)[None, :]
             dual = tl.load(at + channel[:, None] * D, mask=inside, other=0.0)
-            part, dual = operand(part, PRECISION), operand(dual, PRECISION)
+            part *= 1 / root_of(D)
+            part = tl.where(part == part, operand(part, PRECISION), part)  # NaN shows
+            dual = operand(dual * root_of(D), PRECISION)
             out = tl.dot(part, dual, out, input_precision=PRECISION)
     near = tl.load(Near + head.to(tl.int64) * rows + r, mask=known, other=0.0)
     prefix = tl.where(some, total + near, -float("inf"))

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 SHRUNK, UNITS = 8.0, 4096.0  # of operands (kernel.py)
 _FRAME_ROWS = 64
 _BLOCK_PAGES = 16  # whose centroids meet the queries together
+FRAME_WARPS = 8
 
 Kind = tuple[SliceLayout, SliceLayout]
 """Layouts of the keys and of the values of a page."""
@@ -278,8 +279,7 @@ def _finish(
 @cache
 def _frame_launch(kinds: tuple[Kind, ...], group: int, pdl: bool) -> Launch:
     constants = frame_constants([keys for keys, _ in kinds], group)
-    warps = end_warps(kinds[0][0].head_dim)
-    return Launch(frame_rows, **constants, PDL=pdl, num_warps=warps, **launch_options(pdl))
+    return Launch(frame_rows, **constants, PDL=pdl, num_warps=FRAME_WARPS, **launch_options(pdl))
 
 
 @cache
@@ -317,15 +317,11 @@ def finish_constants(head_dim: int, few: bool) -> tuple[dict[str, Any], int]:
     """What finish_rows is specialised on, but for the frames, and its warps. Few tiles wait for
     their splits, all columns at once; of many a block of columns, so that more programs fit."""
     columns = columns_of(head_dim)
-    whole = few and columns <= 128
+    wide = columns > 128
+    whole = few and not wide
     constants = {"D": head_dim, "DC": columns, "ROWS": 16 if whole else 32}
     constants["BLOCK"] = columns if whole else min(64, columns)
-    return constants, 8 if whole else end_warps(head_dim)
-
-
-def end_warps(head_dim: int) -> int:
-    """Of frame_rows and finish_rows: as few as their rows' registers allow."""
-    return 4 if columns_of(head_dim) <= 128 else 8
+    return constants, 8 if whole or wide else 4
 
 
 def _bands(planes: tuple[int, ...]) -> tuple[int, ...]:
@@ -334,14 +330,15 @@ def _bands(planes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def frame_constants(keys: Sequence[SliceLayout], group: int) -> dict[str, Any]:
-    """What frame_rows is specialised on, for keys of these kinds. Wide frames come in blocks: whole
-    ones, in three terms, exceed shared memory."""
+    """What frame_rows is specialised on, for keys of these kinds. Frames come in blocks: with whole
+    ones registers leave room for one program, and wide ones, in three terms, exceed shared memory.
+    """
     columns = columns_of(keys[0].head_dim)
     wide = columns > 128
     return {
         "D": keys[0].head_dim, "DC": columns, "STEPS": tuple(steps_of_bands(side) for side in keys),
         "PLANES": tuple(FRAMES.index(side.pattern.frame) for side in keys), "G": group,
-        "ROWS": _FRAME_ROWS // (2 if wide else 1), "BLOCK": 32 if wide else columns,
+        "ROWS": _FRAME_ROWS // (2 if wide else 1), "BLOCK": 32,
     }  # fmt: skip
 
 
