@@ -16,9 +16,7 @@ over the rounds, in milliseconds from sending:
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,10 +25,10 @@ from typing import Any
 import numpy as np
 from capacity import dense_bytes_per_token
 from client import Reply, generate, save
-from serve import LLAMA_8B, REST_S, TOKEN_IDS
-from sharing_servers import SPHERICAL, add_arguments, start_together
+from serve import REST_S, TOKEN_IDS
+from sharing_servers import add_arguments, model_at_hand, start_together
 
-from sglang_spherical.server import Server, ServerFailed
+from sglang_spherical.server import Server
 
 UNCOUNTED = 2  # rounds before those that count
 ROOM = 3  # a server holds so many times the tokens of all requests at once
@@ -106,9 +104,6 @@ def run(args: argparse.Namespace) -> None:
     args.kv_bytes = args.pool_tokens * dense_bytes_per_token(args.model)
     rows: list[Row] = []
     with start_together(args) as up:
-        for name, server in up.items():
-            if name in SPHERICAL and server.banner() is None:
-                raise ServerFailed("the log lacks the line `spherical KV engaged:`: not measured")
         for new, cached in args.turns:
             for at_once in args.at_once:
                 found = measure(up, new, cached, at_once, args.rounds)
@@ -127,16 +122,7 @@ def say(row: Row) -> None:
     )
 
 
-def main() -> None:
-    args = parse()
-    args.dummy = args.model is None
-    args.model_name = "Llama-3.1-8B-shape" if args.dummy else args.model.name
-    with tempfile.TemporaryDirectory() as folder:
-        if args.dummy:
-            args.model = Path(folder)
-            (args.model / "config.json").write_text(json.dumps(LLAMA_8B))
-        run(args)
-
-
 if __name__ == "__main__":
-    main()
+    arguments = parse()
+    with model_at_hand(arguments):
+        run(arguments)

@@ -26,7 +26,6 @@ import argparse
 import asyncio
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -41,14 +40,13 @@ import requests
 import sharing_servers
 from capacity import dense_bytes_per_token
 from client import TIMEOUT_SECONDS, command, save
-from serve import LLAMA_8B
 from sharing_report import plot, table
-from sharing_servers import SPHERICAL, flags, server_info, start, start_together
+from sharing_servers import flags, model_at_hand, server_info, start, start_together
 from sharing_workload import WORKLOADS, Limitless, Shape, Source, Workload, read_text
 from tqdm import tqdm
 
 from sglang_spherical import top
-from sglang_spherical.server import Server, ServerFailed, launch
+from sglang_spherical.server import Server, launch
 
 WORKING_SETS = [0.5, 1.0, 2.0, 4.0, 8.0]
 SAMPLE_SECONDS = 0.5
@@ -245,8 +243,6 @@ def serve(
 ) -> Iterator[Cell]:
     """All cells of a server, as they come."""
     args.prefill_tokens = server_info(server.url)["chunked_prefill_size"]
-    if name in SPHERICAL and server.banner() is None:
-        raise ServerFailed("the log lacks the line `spherical KV engaged:`: not measured")
     for workload in args.workloads:
         for working_set in args.working_sets:
             source = Source(text, args.seed)
@@ -312,14 +308,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(benchmark: str, shape: Shape, args: argparse.Namespace) -> None:
     """The whole benchmark: servers one after the other, then fidelity, JSON, table and plot."""
-    args.dummy = args.model is None
-    if args.dummy and args.text:
+    if args.text and not args.model:
         raise SystemExit("error: --text needs the tokenizer of a --model")
-    args.model_name = "Llama-3.1-8B-shape" if args.dummy else args.model.name
-    with tempfile.TemporaryDirectory() as folder:
-        if args.dummy:
-            args.model = Path(folder)
-            (args.model / "config.json").write_text(json.dumps(LLAMA_8B))
+    with model_at_hand(args):
         measure(benchmark, shape, args)
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import requests
 from client import TIMEOUT_SECONDS
 from serve import COMMON as DUMMY
+from serve import LLAMA_8B
 
-from sglang_spherical.server import Server, has_gpu, launch
+from sglang_spherical.server import Server, ServerFailed, has_gpu, launch
 
 SERVERS = ("spherical", "hot", "bf16", "fp8")
 """`hot` is spherical with re-tiering switched off: short of memory, it drops hot pages."""
@@ -36,10 +39,28 @@ def flags(name: str, args: argparse.Namespace) -> list[str]:
     return [*dense, "--max-total-tokens", str(tokens)]
 
 
-def start(name: str, args: argparse.Namespace) -> AbstractContextManager[Server]:
-    """A server of that name, while the context lasts."""
+@contextmanager
+def model_at_hand(args: argparse.Namespace) -> Iterator[None]:
+    """While the context lasts `args.model` is a folder: without one, a config.json of
+    Llama-3.1-8B's shape. Sets `args.dummy` and `args.model_name` too."""
+    args.dummy = args.model is None
+    args.model_name = "Llama-3.1-8B-shape" if args.dummy else args.model.name
+    with TemporaryDirectory() as folder:
+        if args.dummy:
+            args.model = Path(folder)
+            (args.model / "config.json").write_text(json.dumps(LLAMA_8B))
+        yield
+
+
+@contextmanager
+def start(name: str, args: argparse.Namespace) -> Iterator[Server]:
+    """A server of that name, while the context lasts. Raises ServerFailed where it should be
+    spherical and is not."""
     log = args.log_dir / f"{name}.log" if args.log_dir else None
-    return launch(args.model, args=flags(name, args), log=log)
+    with launch(args.model, args=flags(name, args), log=log) as server:
+        if name in SPHERICAL and server.banner() is None:
+            raise ServerFailed("the log lacks the line `spherical KV engaged:`: not measured")
+        yield server
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
