@@ -55,11 +55,15 @@ def model_at_hand(args: argparse.Namespace) -> Iterator[None]:
 @contextmanager
 def start(name: str, args: argparse.Namespace) -> Iterator[Server]:
     """A server of that name, while the context lasts. Raises ServerFailed where it should be
-    spherical and is not."""
+    spherical and is not.
+
+    A spherical server keeps what it started with out of Python's garbage collections, which stop it
+    for half a second; the others are asked to."""
     log = args.log_dir / f"{name}.log" if args.log_dir else None
     with launch(args.model, args=flags(name, args), log=log) as server:
         if name in SPHERICAL and server.banner() is None:
             raise ServerFailed("the log lacks the line `spherical KV engaged:`: not measured")
+        requests.post(f"{server.url}/freeze_gc", timeout=TIMEOUT_SECONDS).raise_for_status()
         yield server
 
 

@@ -64,6 +64,7 @@ def test_metrics_and_the_live_view(repo_root, tiny_model):
         now = top.read(server.url)
         view = run_top(server.url)
         dropped = sum(now.drops.values())
+        log = server.log_text()
     assert now.capacity_tokens == 2048 and now.page_size == 64
     assert sum(now.hits.values()) - sum(before.hits.values()) == cached > 0
     assert now.moved_bytes > 0 and sum(now.moves.values()) > 0
@@ -71,6 +72,8 @@ def test_metrics_and_the_live_view(repo_root, tiny_model):
     assert sum(now.pages.values()) == 4 * 9 - dropped
     assert now.retention["settle"][0] > before.retention["settle"][0]
     assert "of 2,048 hot-token equivalents" in view and "hot → warm" in view
+    for process in ("Scheduler", "Tokenizer Manager"):
+        assert log.count(f"Freezing GC in {process} process") == 1
 
 
 def run_top(url):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import pkgutil
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -230,6 +232,37 @@ def test_a_worker_is_verified_once_built(monkeypatch, capsys):
         startup.build_scheduler(lambda *args: built.append(args), "self", _arguments(), "ports")
     assert len(built) == 1
     assert capsys.readouterr().err == "error: not in effect\n"
+
+
+class Rubbish:
+    itself: Rubbish
+
+
+@pytest.fixture
+def thawed():
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("thawed")
+def test_what_a_worker_starts_with_is_not_collected_again(monkeypatch):
+    monkeypatch.setattr(engagement, "verify", lambda scheduler: None)
+    load_plugin()
+    rubbish = Rubbish()
+    rubbish.itself = rubbish
+    gone = weakref.finalize(rubbish, lambda: None)
+    del rubbish
+    startup.build_scheduler(lambda *args: None, "self", _arguments(), "ports")
+    assert not gone.alive
+    assert gc.get_freeze_count() > 10_000
+
+
+@pytest.mark.usefixtures("thawed")
+@pytest.mark.parametrize("from_command_line", [True, False])
+def test_a_launching_process_is_frozen_where_it_is_nobody_s_own(from_command_line):
+    server_args = _arguments(_spherical_from_command_line=from_command_line)
+    assert startup.launch(lambda cls, args: "launched", None, server_args) == "launched"
+    assert (gc.get_freeze_count() > 10_000) == from_command_line
 
 
 @pytest.mark.parametrize(
