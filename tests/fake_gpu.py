@@ -21,18 +21,22 @@ Launched = tuple[tuple[int, ...], int, list[Any]]
 
 
 class FakeGpu:
-    """Triton's driver of an sm_90 GPU. `launched` is what was launched, in order."""
+    """Triton's driver of an sm_90 GPU.
+
+    launched  what was launched, in order
+    loaded    binaries that were put onto the device
+    """
 
     def __init__(self) -> None:
         self.launched: list[Launched] = []
         self.utils = SimpleNamespace(
             load_binary=self._load, get_device_properties=lambda _: {"max_shared_mem": 228 << 10}
         )
-        self._binaries = 0
+        self.loaded = 0
 
     def _load(self, *_: Any) -> tuple[str, int, int, int, int]:
-        self._binaries += 1
-        return "module", self._binaries, 0, 0, 1024
+        self.loaded += 1
+        return "module", self.loaded, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         def launch(*arguments: Any) -> None:

@@ -42,7 +42,7 @@ KERNELS = (
 )
 
 
-fake_gpu.use()
+gpu = fake_gpu.use()
 loop_carries.refuse_lost_carries()
 
 
@@ -64,6 +64,8 @@ kinds = choose_kinds(pool.layout, distortion, finer=False)
 pool.arena.assign(pool.layout.with_kinds(kinds))
 assert any(len(pool.arena.moves(old, old + 1).kept) for old in range(1, 4))
 print(sorted({name for name, _ in before}))
+binaries = [binary for k in KERNELS for binary in k.device_caches[0][0].values()]
+assert len(binaries) == gpu.loaded and all(binary.module for binary in binaries)
 first, second = Prompt(1, 0), Prompt(2, 1)
 with device.compiling(2):
     runner.extend((first, 40))
