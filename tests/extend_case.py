@@ -23,6 +23,7 @@ from spherical_kernels.extend.launch import (
     run_extend,
     tuning_for,
 )
+from spherical_kernels.extend.new_tokens import LOG2_E
 from spherical_kernels.extend.reference import attend_new_tokens
 from spherical_kernels.extend.tables import ExtendTables, build_tables, locate_entries
 from spherical_kernels.testing import POISON, assert_close
@@ -207,20 +208,21 @@ class Case:
         names = "key_duals", "value_duals", "key_centre", "value_centre"
         frames = LayerFrames.over(*(getattr(self.frames, name).to(DEVICE) for name in names))
         work = ExtendWorkspace.allocate(
-            tables, self.sides, q.shape[1], k.shape[1], q.device, self.tuning(tile_rows)
+            tables, self.sides, q.shape[1], k.shape[1], q.device, q.dtype, self.tuning(tile_rows)
         )
-        for buffer in (work.framed, work.scales, work.near, work.partial, work.lse):
-            buffer.fill_(torch.nan)
+        for buffer in vars(work).values():
+            if isinstance(buffer, torch.Tensor):
+                buffer.fill_(torch.nan)
         kind_of = torch.tensor(self.kind_of)
         ends = [
             torch.stack([(kind_of < kind).sum(0), (kind_of <= kind).sum(0)], -1)
             for kind in range(len(self.tiers))
         ]
         out, lse = run_extend(
-            tables, q, k, v, memory.to(DEVICE), entries, torch.stack(ends).int().to(DEVICE), frames,
-            self.scale, work,
+            tables, q, k, v, memory.to(DEVICE).view(torch.int32), entries,
+            torch.stack(ends).int().to(DEVICE), frames, self.scale, work,
         )  # fmt: skip
-        return out.float().cpu(), lse.cpu()
+        return out.float().cpu(), lse.cpu() / LOG2_E
 
     def check(self, slack: float = 1.0, **cut: int) -> None:
         out, lse = self.actual(**cut)

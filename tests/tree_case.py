@@ -86,6 +86,7 @@ class Cache:
     watermark: float = 0.0
     high_watermark: float = 1.0
     settle_pages: int | None = 256
+    patience: int = 0
     layout: PageLayout = LAYOUT
     requests: list[Request] = field(default_factory=list)
 
@@ -104,6 +105,7 @@ class Cache:
         self.rows = ReqToTokenPool(8, MAX_TOKENS + PAGE, "cpu", False)
         params = CacheInitParams(False, self.rows, self.allocator, PAGE)
         self.tree = SphericalRadixCache(params, config)
+        self.tree.patience = self.patience
 
     # --- the scheduler's steps ---
 

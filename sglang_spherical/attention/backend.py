@@ -63,7 +63,8 @@ class SphericalAttnBackend(AttentionBackend):
     ) -> torch.Tensor:
         """q [batch, q_heads * d], k and v [batch, kv_heads, d] -> [batch, q_heads * d]."""
         if save_kv_cache:
-            self._write(layer, k, v, forward_batch)
+            heads, d = layer.tp_k_head_num, layer.head_dim
+            self._write(layer, k.view(-1, heads, d), v.view(-1, heads, d), forward_batch)
         (plan,) = self.plans
         assert plan is not None
         batch, heads, d = len(q), layer.tp_k_head_num, layer.head_dim
@@ -125,6 +126,5 @@ class SphericalAttnBackend(AttentionBackend):
         self.pool.observe(layer, q, k, v, positions, ids, older_pages)
 
     def _write(self, layer: Any, k: torch.Tensor, v: torch.Tensor, forward_batch: Any) -> None:
-        heads, d = layer.tp_k_head_num, layer.head_dim
-        loc = forward_batch.out_cache_loc[: k.numel() // (heads * d)]
-        self.pool.set_kv_buffer(layer, loc, k.view(-1, heads, d), v.view(-1, heads, d))
+        """k and v [tokens, kv_heads, d]."""
+        self.pool.set_kv_buffer(layer, forward_batch.out_cache_loc[: k.shape[0]], k, v)

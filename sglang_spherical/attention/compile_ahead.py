@@ -64,23 +64,22 @@ def _extend(
     layout, arena = pool.layout, pool.arena
     slots = torch.zeros(1, dtype=torch.int64, device=arena.device)
     plan = ExtendPlan(pool, req_to_token, slots, [layout.page_size], [1])
-    plan.prepare(q_heads // layout.kv_heads)
+    plan.prepare(q_heads // layout.kv_heads, dtype)
     entries = plan.entries_of(0)
     for tokens in (1, SMALL_TOKENS + 1):
         new = _new_tokens(pool, dtype, tokens)
         encode_tokens(new)
     q = _empty(pool, dtype, len(new.k), q_heads, layout.head_dim)
-    k, v = new.k, new.v
+    k, v, words = new.k, new.v, arena.bytes.view(torch.int32)
     tuning = tuning_for(layout.head_dim, layout.page_size, arena.device)
     for tiles in (1, MULTIPROCESSORS):  # few and many
         for present in ((0,), tuple(range(len(arena.kinds)))):
             tables = _tables(pool, len(q), tiles, present, tuning.tile_rows)
             work = ExtendWorkspace.allocate(
-                tables, arena.kinds, q_heads, layout.kv_heads, arena.device, tuning
+                tables, arena.kinds, q_heads, layout.kv_heads, arena.device, dtype, tuning
             )
             run_extend(
-                tables, q, k, v, arena.bytes, entries, arena.kind_levels[0], pool.layer_frames[0],
-                0.5, work,
+                tables, q, k, v, words, entries, arena.kind_levels[0], pool.layer_frames[0], 0.5, work,
             )  # fmt: skip
 
 

@@ -38,26 +38,28 @@ class ExtendPlan:
         self.prefixes, self.lengths = list(prefixes), list(lengths)
         self._group = 0  # query heads per KV head, once a layer has shown them
         self._first_layer = 0
-        self._entries: torch.Tensor | None = None
+        self._entries: tuple[torch.Tensor, ...] = ()
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """q [tokens, q_heads, d], k and v [tokens, kv_heads, d] -> out like q."""
+        """q [tokens, q_heads, d], k and v [tokens, kv_heads, d] -> out like q, until the next
+        layer's."""
         group = q.shape[1] // k.shape[1]
         if group != self._group:
-            self.prepare(group)
-        arena = self.pool.arena
+            self.prepare(group, q.dtype)
         out, _ = run_extend(
-            self.tables, q, k, v, arena.bytes, self.entries_of(layer),
-            arena.kind_levels[layer], self.pool.layer_frames[layer], scale, self.workspace,
+            self.tables, q, k, v, self._words, self.entries_of(layer), self._levels[layer],
+            self.pool.layer_frames[layer], scale, self.workspace,
         )  # fmt: skip
         return out
 
-    def prepare(self, group: int) -> None:
-        """Works out the tables, for `group` query heads per KV head."""
+    def prepare(self, group: int, dtype: torch.dtype) -> None:
+        """Works out the tables, for `group` query heads of `dtype` per KV head. What a layer would
+        otherwise make of a tensor, 2 us each time, is made for all of them."""
         layout, arena = self.pool.layout, self.pool.arena
-        self._group, self._entries = group, None
+        self._group, self._entries = group, ()
+        self._words, self._levels = arena.bytes.view(torch.int32), arena.kind_levels.unbind()
         tuning = tuning_for(layout.head_dim, layout.page_size, arena.device)
         self.tables = build_tables(
             self.req_to_token, self.slots, arena.page_level, self.prefixes, self.lengths,
@@ -68,18 +70,18 @@ class ExtendPlan:
         )  # fmt: skip
         self.workspace = ExtendWorkspace.allocate(
             self.tables, arena.kinds, group * layout.kv_heads, layout.kv_heads, arena.device,
-            tuning,
+            dtype, tuning,
         )  # fmt: skip
 
     def entries_of(self, layer: int) -> torch.Tensor:
         """Addresses of the slices of all pages in a layer: int64 [kv_heads, pages, 2]."""
-        if self._entries is None or not 0 <= layer - self._first_layer < len(self._entries):
+        if not 0 <= layer - self._first_layer < len(self._entries):
             layout, arena = self.pool.layout, self.pool.arena
-            one_layer = len(self.tables.pages) * layout.kv_heads * ENTRY_BYTES
+            one_layer = self.tables.pages.shape[0] * layout.kv_heads * ENTRY_BYTES
             together = max(1, MOST_ENTRY_BYTES // max(one_layer, 1))
             places = arena.places[:, layer : layer + together]
             self._first_layer = layer
             self._entries = locate_entries(
                 self.tables, arena.page_blocks, places, layout.block_bytes
-            )
+            ).unbind()
         return self._entries[layer - self._first_layer]

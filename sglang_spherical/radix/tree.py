@@ -47,6 +47,13 @@ SETTLE_BYTES = 160 << 20
 """Of hot pages that are re-encoded between two forward passes, unless a flag says how many pages:
 less than a millisecond of an H200's, at the rate at which it does seven times as many."""
 
+PATIENCE = 16
+"""Forward passes for which a prefix may wait for others to be settled with: a call takes the host
+about as long, a millisecond, for one as for all of them."""
+
+AMPLE = 0.2
+"""Free fraction of memory from which on there is no hurry."""
+
 
 class SphericalRadixCache(RadixCache):
     """A prefix tree that lowers precision before it forgets.
@@ -54,6 +61,7 @@ class SphericalRadixCache(RadixCache):
     saved_evictable, saved_protected   hot-token equivalents saved by unlocked and by locked nodes
     held_hot   by request in flight: its last node, and the first page of its prefix it reads hot
     unsettled  by last node: the page before which a prefix is still to be given its budget
+    patience   forward passes for which they may wait for company, and how many they have `waited`
     left       pages that prefixes may still have re-encoded behind this forward pass
     own_from   while a request is inserted: the token from which on its pages are its own
     table      what the policy knows of the nodes
@@ -71,6 +79,7 @@ class SphericalRadixCache(RadixCache):
         page_bytes = self.layout.hot_blocks * self.layout.block_bytes
         self.settle_pages = config.settle_pages or max(1, SETTLE_BYTES // page_bytes)
         self.recent_tokens = config.recent_tokens
+        self.patience = PATIENCE
         self.inserted_node: Node = None
         self.own_from: int | None = None
         super().__init__(params)
@@ -81,6 +90,7 @@ class SphericalRadixCache(RadixCache):
         self.table.clear()
         self.held_hot: dict[int, tuple[Node, int]] = {}
         self.unsettled: dict[Node, int] = {}
+        self.waited = 0
         self.left = self.settle_pages
         self.saved_evictable = 0
         self.saved_protected = 0
@@ -235,7 +245,9 @@ class SphericalRadixCache(RadixCache):
         """A forward pass is on its way: behind it as much is re-encoded as the next one can wait
         for."""
         if self._waits() and self._may_settle():
-            self._settle_waiting()
+            self.waited += 1
+            if self.waited > self.patience or self._used() > min(1 - AMPLE, self.high_watermark):
+                self._settle_waiting()
 
     def idle(self) -> None:
         """Nothing runs: as much is re-encoded as behind a forward pass, and waited for, so that a
@@ -251,7 +263,7 @@ class SphericalRadixCache(RadixCache):
 
     def _leave_to_settle(self, node: Node, length: int) -> None:
         """The prefix that ends in `node` is to have its budget. Not now, when an answer waits to be
-        sent, but behind the next forward pass, together with what else there is."""
+        sent, but behind a forward pass, together with what else there is by then."""
         if self.budget and self._may_settle():
             self.unsettled.pop(node, None)
             self.unsettled = {node: self._recent_page(length)} | self.unsettled
@@ -268,6 +280,8 @@ class SphericalRadixCache(RadixCache):
         surplus = math.ceil((self._used() - self.high_watermark) * self.allocator.size)
         if surplus > 0 and self.left:
             execute(self, self._relieve(surplus, drops=False, most_pages=self.left))
+        if not self.unsettled:
+            self.waited = 0
 
     def _budgets(self) -> Iterator[Operation]:
         """What gives waiting prefixes their budgets, as far as there are pages `left`. Prefixes

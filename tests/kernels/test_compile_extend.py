@@ -41,7 +41,7 @@ constants = {
     },
     "frame_rows": frame_constants([slice_layout(PATTERNS[0], page, d), keys], 4) | {"PDL": True},
     "finish_rows": finish | {
-        "G": 4, "M": tuning.tile_rows, "PLANES": 2, "BANDS": (1, 4), "PDL": True
+        "G": 4, "M": tuning.tile_rows, "PLANES": (0, 1), "BANDS": (1, 4), "PDL": True
     },
     "attend_new_rows": {"G": 4}
     | new_rows_constants(d, 4 if dtype == "fp32" else 2, tuning.tile_rows),
@@ -49,7 +49,7 @@ constants = {
 TYPES = {
     "Arena": "*i32", "Entries": "*i64", "Items": "*i32", "Tiles": "*i32", "Requests": "*i32",
     "Runs": "*i32", "Levels": "*i32", "Framed": "*fp16", "scale": "fp32",
-    **{name: "*" + dtype for name in ("Q", "K", "V", "New", "Out")},
+    **{name: "*" + dtype for name in ("Q", "K", "V", "Out")},
 }
 DEFAULTS = {True: "*fp32", False: "i32"}
 function = getattr(kernel if name == "extend_pages" else ends, name)

@@ -309,6 +309,46 @@ def test_prefixes_that_share_pages_are_settled_together(monkeypatch: pytest.Monk
     cache.check()
 
 
+def test_prefixes_wait_for_company_while_memory_is_ample() -> None:
+    cache = Cache(recent=0, pages=20, patience=4)
+    ready_frames_like_content(cache)
+    cache.serve(pages_of(0, 1))  # and a pass
+    cache.serve(pages_of(1, 0))
+    assert cache.levels(pages_of(0, 1)) == cache.levels(pages_of(1, 0)) == [0, 0]
+    cache.tree.forward_launched()
+    assert len(cache.tree.unsettled) == 2
+    cache.tree.forward_launched()
+    assert cache.levels(pages_of(0, 1)) == cache.levels(pages_of(1, 0)) == [0, WARM]
+    cache.serve(pages_of(2, 2))
+    assert cache.levels(pages_of(2, 2)) == [0, 0], "the next ones wait anew"
+    cache.tree.idle()
+    assert cache.levels(pages_of(2, 2)) == [0, WARM]
+    cache.check()
+
+
+def test_no_prefix_waits_where_memory_is_short() -> None:
+    cache = Cache(recent=0, pages=5, patience=100)
+    ready_frames_like_content(cache)
+    cache.serve(pages_of(0, 1, 2, 0))
+    assert cache.levels(pages_of(0, 1, 2, 0)) == [0, 0, 0, 0]  # four of five are no more than 0.8
+    cache.serve(pages_of(0, 1, 2, 0, 1))
+    # behind the pass of its prefill, and then memory was ample again
+    assert cache.levels(pages_of(0, 1, 2, 0, 1)) == [0, *[WARM] * 3, 0]
+    cache.check()
+
+
+def test_what_does_not_fit_behind_one_pass_goes_on_behind_the_next() -> None:
+    cache = Cache(recent=0, pages=30, settle_pages=1, patience=2)
+    ready_frames_like_content(cache)
+    cache.serve(pages_of(0, 1, 2, 0))  # the first pass that it waits for is its own prefill's end
+    for done in (0, 1, 2, 3):
+        assert cache.levels(pages_of(0, 1, 2, 0)) == [0, *[WARM] * done, *[0] * (3 - done)]
+        cache.tree.forward_launched()
+        if not done:
+            cache.tree.forward_launched()
+    cache.check()
+
+
 def test_an_idle_server_settles_what_waits() -> None:
     cache = Cache(recent=0, settle_pages=2)
     ready_frames_like_content(cache)

@@ -38,6 +38,7 @@ class Serving(RuleBasedStateMachine):
         recent=st.sampled_from([0, RECENT]),
         ready=st.sampled_from([True, True, False]),
         settle_pages=st.sampled_from([256, 256, 2]),
+        patience=st.sampled_from([0, 0, 2]),
         high=st.sampled_from([1.0, 1.0, 0.5]),
         layout=st.sampled_from([LAYOUT, UNLIKE]),
     )
@@ -47,6 +48,7 @@ class Serving(RuleBasedStateMachine):
         recent: int,
         ready: bool,
         settle_pages: int,
+        patience: int,
         high: float,
         layout: PageLayout,
     ) -> None:
@@ -54,6 +56,7 @@ class Serving(RuleBasedStateMachine):
             budget=budget,
             recent=recent,
             settle_pages=settle_pages,
+            patience=patience,
             high_watermark=high,
             layout=layout,
         )

@@ -112,20 +112,18 @@ def joined_splits(Partial, Lse, place, column, splits, stride, total, DC: tl.con
 
 @triton.jit(do_not_specialize=["rows", "items"])
 def finish_rows(
-    Partial, Lse, Tiles, Requests, Dual, Centre, Near, New, NewLse, Out, OutLse,
-    rows, items, kv_heads,
+    Partial, Logs, Tiles, Requests, Dual, Centre, Near, Out, Lse, rows, items, kv_heads,
     D: tl.constexpr, DC: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
     PLANES: tl.constexpr, BANDS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a tile of one KV head: splits, frames, then new tokens become one attention.
 
-    Partial  float32 [PLANES, items, kv_heads, M, DC]; Lse [PLANES, items, kv_heads, M], base 2
+    PLANES   frames of the sums; BANDS their bands
+    Partial  float32 [planes, items, kv_heads, M, DC]; Logs [planes, items, kv_heads, M], base 2
     Tiles    int32 [tiles, 4]: request, first row, first item, splits
-    Dual     float32 [PLANES, kv_heads, D, D], B of the value frames; Centre float32 [kv_heads, D]
-    BANDS    bands of every plane's frame
-    New      [tokens, kv_heads * G, D], NewLse float32 [tokens, kv_heads * G], base 2: of the new
-             tokens among themselves
-    Out      like New; OutLse float32 like NewLse, natural
+    Dual     float32 [frames, kv_heads, D, D], B of the value frames; Centre float32 [kv_heads, D]
+    Out      [tokens, kv_heads * G, D], Lse float32 [tokens, kv_heads * G], base 2: of the new
+             tokens among themselves before, of everything after
     """
     tile, head = tl.program_id(0) // (M // ROWS), tl.program_id(1)
     m = tl.program_id(0) % (M // ROWS) * ROWS + tl.arange(0, ROWS)
@@ -145,17 +143,17 @@ def finish_rows(
     mass = tl.zeros([ROWS], tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    for i in range(PLANES * splits):
-        logs = tl.load(Lse + i // splits * plane + place + i % splits * stride)
+    for i in range(len(PLANES) * splits):
+        logs = tl.load(Logs + i // splits * plane + place + i % splits * stride)
         higher = tl.maximum(top, logs)
         mass = mass * tl.exp2(top - higher) + tl.exp2(logs - higher)
         top = higher
     some = mass > 0
     total = tl.where(some, top + tl.log2(mass), 0.0)
     out = tl.where(some[:, None], centre[None, :], 0.0)
-    for i in tl.static_range(PLANES):
-        partial, logs = Partial + i * plane * DC, Lse + i * plane
-        at = Dual + (i * kv_heads + head).to(tl.int64) * (D * D) + column[None, :]
+    for i in tl.static_range(len(PLANES)):
+        partial, logs = Partial + i * plane * DC, Logs + i * plane
+        at = Dual + (PLANES[i] * kv_heads + head).to(tl.int64) * (D * D) + column[None, :]
         for start in range(0, DC, BLOCK):
             some_columns = start + tl.arange(0, BLOCK)
             channel = channel_of(some_columns, D, BANDS[i])
@@ -170,15 +168,15 @@ def finish_rows(
     near = tl.load(Near + head.to(tl.int64) * rows + r, mask=known, other=0.0)
     prefix = tl.where(some, total + near, -float("inf"))
     at = (r // G * kv_heads + head).to(tl.int64) * G + r % G
-    new = tl.load(NewLse + at, mask=known, other=0.0)
+    new = tl.load(Lse + at, mask=known, other=0.0)
     inside = known[:, None] & (column < D)[None, :]
-    dense = tl.load(New + at[:, None] * D + column[None, :], mask=inside, other=0.0)
+    dense = tl.load(Out + at[:, None] * D + column[None, :], mask=inside, other=0.0)
     peak = tl.maximum(prefix, new)
     whole = peak + tl.log2(tl.exp2(prefix - peak) + tl.exp2(new - peak))
     out *= tl.exp2(prefix - whole)[:, None]
     out += dense.to(tl.float32) * tl.exp2(new - whole)[:, None]
     tl.store(Out + at[:, None] * D + column[None, :], out.to(Out.dtype.element_ty), mask=inside)
-    tl.store(OutLse + at, whole * 0.6931471805599453, mask=known)
+    tl.store(Lse + at, whole, mask=known)
 
 
 @triton.jit

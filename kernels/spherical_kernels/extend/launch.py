@@ -109,7 +109,7 @@ class PageReads:
 
     launch          of extend_pages
     order           0: the earliest of all; 1: the first of its frame; 2: joins the others of it
-    framed, scales, partial, lse  its parts of the workspace's
+    framed, scales, partial, logs  its parts of the workspace's
     """
 
     launch: Launch
@@ -117,7 +117,7 @@ class PageReads:
     framed: torch.Tensor
     scales: torch.Tensor
     partial: torch.Tensor
-    lse: torch.Tensor
+    logs: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,9 @@ class ExtendWorkspace:
     scales   float32 [present, kv_heads, rows], what a unit of them stands for
     near     float32 [kv_heads, rows], q.centre, base 2
     partial  float32 [planes, items, kv_heads, tile_rows, columns], of every item, in its frame
-    lse      float32 [planes, items, kv_heads, tile_rows], base 2, q.centre left out
+    logs     float32 [planes, items, kv_heads, tile_rows], base 2, q.centre left out
+    out      [tokens, heads, d], lse float32 [tokens, heads], base 2: the result, until the next
+             layer's
     present  kinds that are read, four bits each, the first in the lowest
     frame    the launch of frame_rows
     pages    of every kind that is read
@@ -142,6 +144,8 @@ class ExtendWorkspace:
     scales: torch.Tensor
     near: torch.Tensor
     partial: torch.Tensor
+    logs: torch.Tensor
+    out: torch.Tensor
     lse: torch.Tensor
     present: int
     frame: Launch
@@ -156,9 +160,10 @@ class ExtendWorkspace:
         heads: int,
         kv_heads: int,
         device: torch.device,
+        dtype: torch.dtype,
         tuning: Tuning,
     ) -> ExtendWorkspace:
-        """For `heads` query heads; arguments as of `run_extend`."""
+        """For `heads` query heads of `dtype`; arguments as of `run_extend`."""
         d, group = kinds[0][0].head_dim, heads // kv_heads
         plane_of = {kind: FRAMES.index(kinds[kind][0].pattern.frame) for kind in tables.present}
         planes = tuple(sorted(set(plane_of.values())))
@@ -169,19 +174,21 @@ class ExtendWorkspace:
         framed = torch.empty(*present, columns, dtype=torch.float16, device=device)
         scales = torch.empty(present, **f32)
         partial = torch.empty(len(planes), items, kv_heads, tables.tile_rows, columns, **f32)
-        lse = torch.empty(len(planes), items, kv_heads, tables.tile_rows, **f32)
+        logs = torch.empty(len(planes), items, kv_heads, tables.tile_rows, **f32)
         pages, started = [], set[int]()
         for i, (kind, plane) in enumerate(plane_of.items()):
             order, place = 2 if plane in started else min(i, 1), planes.index(plane)
             launch = _page_launch(
                 kinds, kind, tables.levels, group, tables.tile_rows, tuning, ptx, pdl
             )
-            mine = framed[i], scales[i], partial[place], lse[place]
+            mine = framed[i], scales[i], partial[place], logs[place]
             pages.append(PageReads(launch, order, *mine))
             started.add(plane)
         few = len(tables.tiles) * kv_heads <= MULTIPROCESSORS
         return cls(
-            planes, framed, scales, torch.empty(kv_heads, rows, **f32), partial, lse,
+            planes, framed, scales, torch.empty(kv_heads, rows, **f32), partial, logs,
+            torch.empty(tables.tokens, heads, d, dtype=dtype, device=device),
+            torch.empty(tables.tokens, heads, **f32),
             sum(kind << (4 * i) for i, kind in enumerate(plane_of)),
             _frame_launch(kinds, group, pdl), tuple(pages),
             _finish_launch(d, few, group, tables.tile_rows, planes, pdl),
@@ -193,7 +200,7 @@ def run_extend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    arena: torch.Tensor,
+    words: torch.Tensor,
     entries: torch.Tensor,
     levels: torch.Tensor,
     frames: LayerFrames,
@@ -204,14 +211,14 @@ def run_extend(
 
     q          [tokens, q_heads, d], request by request; k, v [tokens, kv_heads, d]; copied
                where their strides are not those of parts of one tensor [tokens, heads, d]
-    arena      uint8, all slices
-    entries    int64 [kv_heads, n, 2]: byte addresses of the slices of tables.pages in `arena`
+    words      int32, all slices: the arena
+    entries    int64 [kv_heads, n, 2]: byte addresses of the slices of tables.pages in there
     levels     int32 [kinds, kv_heads, 2]: levels [first, end) at which a head has each kind
     scale      the softmax scale
     workspace  allocated for `tables`, the kinds of pages (kind 0, hot, first) and the tuning that
                `tables` were built for: its rows per tile, and as many items at once as
                MULTIPROCESSORS * programs // kv_heads
-    Returns out like q, and lse float32 [tokens, q_heads], natural.
+    Returns the workspace's out [tokens, q_heads, d] and lse.
     """
     tokens, heads, d = q.shape
     kv_heads = frames.key_centre.shape[0]
@@ -224,56 +231,49 @@ def run_extend(
         q = q.contiguous()
     if k.stride()[1:] != (d, 1) or v.stride() != k.stride():
         k, v = k.contiguous(), v.contiguous()
-    new, new_lse = attend_new_tokens(tables, q, k, v, scale)
-    if not len(tables.items):
-        return new, new_lse / LOG2_E
-    _attend_prefix(tables, q, arena, entries, levels, frames, scale, workspace)
-    return _finish(tables, frames, new, new_lse, workspace)
+    work = workspace
+    attend_new_tokens(tables, q, k, v, scale, work.out, work.lse)
+    if tables.items.shape[0]:
+        _frame(q, frames, scale, work)
+        _attend_prefix(tables, words, entries, levels, work)
+        _finish(tables, frames, work)
+    return work.out, work.lse
+
+
+def _frame(q: torch.Tensor, frames: LayerFrames, scale: float, work: ExtendWorkspace) -> None:
+    kv_heads, rows = work.near.shape
+    work.frame(
+        (-(-rows // work.frame.constants["ROWS"]), kv_heads, len(work.pages)),
+        q, frames.key_duals, frames.key_centre, work.framed, work.scales, work.near, q.shape[0],
+        q.stride(0), kv_heads, scale * LOG2_E, work.present,
+    )  # fmt: skip
 
 
 def _attend_prefix(
     tables: ExtendTables,
-    q: torch.Tensor,
-    arena: torch.Tensor,
+    words: torch.Tensor,
     entries: torch.Tensor,
     levels: torch.Tensor,
-    frames: LayerFrames,
-    scale: float,
     work: ExtendWorkspace,
 ) -> None:
     kv_heads, rows = work.near.shape
-    work.frame(
-        (-(-rows // work.frame.constants["ROWS"]), kv_heads, len(work.pages)),
-        q, frames.key_duals, frames.key_centre, work.framed, work.scales, work.near, len(q),
-        q.stride(0), kv_heads, scale * LOG2_E, work.present,
-    )  # fmt: skip
-    words = arena.view(torch.int32)
-    grid = len(tables.items), kv_heads, 1
+    grid, pages = (tables.items.shape[0], kv_heads, 1), entries.shape[1]
     for kind in work.pages:
         kind.launch(
             grid,
             words, entries, tables.items, tables.requests, tables.runs, levels, kind.framed,
-            kind.scales, kind.partial, kind.lse, rows, entries.shape[1], kind.order,
+            kind.scales, kind.partial, kind.logs, rows, pages, kind.order,
         )  # fmt: skip
 
 
-def _finish(
-    tables: ExtendTables,
-    frames: LayerFrames,
-    new: torch.Tensor,
-    new_lse: torch.Tensor,
-    work: ExtendWorkspace,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _finish(tables: ExtendTables, frames: LayerFrames, work: ExtendWorkspace) -> None:
     kv_heads, rows = work.near.shape
-    out, lse = torch.empty_like(new), torch.empty_like(new_lse)
     parts = tables.tile_rows // work.finish.constants["ROWS"]
     work.finish(
-        (len(tables.tiles) * parts, kv_heads, 1),
-        work.partial, work.lse, tables.tiles, tables.requests,
-        frames.value_duals[work.planes[0] :], frames.value_centre, work.near, new, new_lse, out,
-        lse, rows, len(tables.items), kv_heads,
+        (tables.tiles.shape[0] * parts, kv_heads, 1),
+        work.partial, work.logs, tables.tiles, tables.requests, frames.value_duals,
+        frames.value_centre, work.near, work.out, work.lse, rows, tables.items.shape[0], kv_heads,
     )  # fmt: skip
-    return out, lse
 
 
 @cache
@@ -308,7 +308,7 @@ def _finish_launch(
 ) -> Launch:
     constants, warps = finish_constants(head_dim, few)
     return Launch(
-        finish_rows, **constants, G=group, M=rows, PLANES=len(planes), BANDS=_bands(planes),
+        finish_rows, **constants, G=group, M=rows, PLANES=planes, BANDS=_bands(planes),
         PDL=pdl, num_warps=warps, **launch_options(pdl),
     )  # fmt: skip
 

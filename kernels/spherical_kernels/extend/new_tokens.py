@@ -20,22 +20,21 @@ _BLOCK, _BLOCK_BYTES = 64, 16 << 10  # new tokens read at once, at most; of thei
 
 
 def attend_new_tokens(
-    tables: ExtendTables, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    tables: ExtendTables, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
+    out: torch.Tensor, lse: torch.Tensor,
+) -> None:  # fmt: skip
     """Attention of new tokens to those of their request that came before, and to themselves.
 
     q     [tokens, q_heads, d], k and v [tokens, kv_heads, d], of one stride; each contiguous but
           for its tokens, request by request as `tables` say
-    Returns out [tokens, q_heads, d], lse float32 [tokens, q_heads], base 2.
+    out   [tokens, q_heads, d], lse float32 [tokens, q_heads], base 2: what it leaves
     """
-    tokens, heads, d = q.shape
+    _, heads, d = q.shape
     kv_heads = k.shape[1]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     launch = _launch(d, q.element_size(), tables.tile_rows, heads // kv_heads)
     parts = tables.tile_rows // launch.constants["ROWS"]
     launch(
-        (len(tables.tiles) * parts, kv_heads, 1),
+        (tables.tiles.shape[0] * parts, kv_heads, 1),
         q, k, v, tables.tiles, tables.requests, out, lse, q.stride(0), k.stride(0),
         kv_heads, scale * LOG2_E,
     )  # fmt: skip
