@@ -79,7 +79,8 @@ def _extend(
                 tables, arena.kinds, q_heads, layout.kv_heads, arena.device, dtype, tuning
             )
             run_extend(
-                tables, q, k, v, words, entries, arena.kind_levels[0], pool.layer_frames[0], 0.5, work,
+                tables, q, k, v, words, entries, arena.kind_levels[0], pool.layer_frames[0],
+                0.5, work,
             )  # fmt: skip
 
 
