@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import requests
-from client import TIMEOUT_SECONDS
+from client import TIMEOUT_SECONDS, keep_garbage_out
 from serve import COMMON as DUMMY
 from serve import LLAMA_8B
 
@@ -55,15 +55,13 @@ def model_at_hand(args: argparse.Namespace) -> Iterator[None]:
 @contextmanager
 def start(name: str, args: argparse.Namespace) -> Iterator[Server]:
     """A server of that name, while the context lasts. Raises ServerFailed where it should be
-    spherical and is not.
-
-    A spherical server keeps what it started with out of Python's garbage collections, which stop it
-    for half a second; the others are asked to."""
+    spherical and is not."""
     log = args.log_dir / f"{name}.log" if args.log_dir else None
     with launch(args.model, args=flags(name, args), log=log) as server:
-        if name in SPHERICAL and server.banner() is None:
+        if name not in SPHERICAL:
+            keep_garbage_out(server.url)
+        elif server.banner() is None:
             raise ServerFailed("the log lacks the line `spherical KV engaged:`: not measured")
-        requests.post(f"{server.url}/freeze_gc", timeout=TIMEOUT_SECONDS).raise_for_status()
         yield server
 
 

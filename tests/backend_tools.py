@@ -144,7 +144,7 @@ class Runner:
             out = getattr(self.backend, forward)(*rows, layer, batch)
             assert out.dtype == self.dtype
             assert out.shape == (len(q), HEADS * GROUP * DIM)
-            outputs.append(out.unflatten(1, (-1, DIM)))
+            outputs.append(out.unflatten(1, (-1, DIM)).clone())  # the next layer may overwrite it
         for prompt, end in zip(prompts, after.tolist()):
             prompt.length = end
         whole = torch.stack(outputs).cpu()

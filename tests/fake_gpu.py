@@ -6,6 +6,7 @@ For processes of their own: Triton's driver is set for good.
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,11 +33,13 @@ class FakeGpu:
         self.utils = SimpleNamespace(
             load_binary=self._load, get_device_properties=lambda _: {"max_shared_mem": 228 << 10}
         )
-        self.loaded = 0
+        self.loaded, self._lock = 0, Lock()
 
     def _load(self, *_: Any) -> tuple[str, int, int, int, int]:
-        self.loaded += 1
-        return "module", self.loaded, 0, 0, 1024
+        with self._lock:  # binaries may be loaded by several threads
+            self.loaded += 1
+            number = self.loaded
+        return "module", number, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         def launch(*arguments: Any) -> None:

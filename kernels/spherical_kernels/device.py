@@ -94,8 +94,10 @@ def compiling(threads: int) -> Iterator[None]:
                 yield
             finally:
                 _compiling.reset(token)
-        binaries = {id(binary): binary for binary in map(_awaited, compiled)}
-        list(executor.map(lambda binary: binary.run, binaries.values()))  # the property does it
+        binaries = [binary for binary in map(_awaited, compiled) if binary is not None]
+        launchers = {str(binary.src.signature): binary for binary in binaries}
+        for some in (launchers.values(), binaries):  # one for each list first, and no list twice
+            list(executor.map(lambda binary: binary.run, some))  # the property does it
 
 
 def _work_on(device: int | None) -> None:
@@ -105,7 +107,8 @@ def _work_on(device: int | None) -> None:
 
 
 def _awaited(binary: Any) -> Any:
-    """Triton hands out a promise where it had to compile."""
+    """Triton hands out a promise where it had to compile, nothing where a hook of its cache says
+    so."""
     return binary.result() if hasattr(binary, "result") else binary
 
 

@@ -61,7 +61,9 @@ def launch(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if getattr(server_args, FROM_COMMAND_LINE, False):  # else the process is somebody's own
-        freeze_garbage("Tokenizer Manager")
+        from sglang.srt.utils import freeze_gc
+
+        freeze_garbage(lambda: freeze_gc("Tokenizer Manager"))
     return launched
 
 
@@ -88,19 +90,20 @@ def build_scheduler(
         engagement.verify(self)
     except StartupError as error:
         leave(server_args, error)
-    freeze_garbage("Scheduler")
+    from sglang.srt.managers.io_struct import FreezeGCReq
+
+    freeze_garbage(lambda: self.handle_freeze_gc(FreezeGCReq()))  # tells the detokenizer, too
 
 
-def freeze_garbage(process: str) -> None:
+def freeze_garbage(freeze: Callable[[], object]) -> None:
     """Keeps all objects that live now out of later collections: those of imports, kernels and
     graphs, through which a full collection walked for 0.4 to 0.9 s, between two tokens.
 
-    It is what SGLang does on POST /freeze_gc, without waiting for somebody to ask.
+    It is what SGLang does on POST /freeze_gc, without waiting for somebody to ask. Graphs that are
+    captured anew while it serves undo it, as they do there.
     """
-    from sglang.srt.utils import freeze_gc
-
     gc.collect()  # what is garbage by now would stay for good
-    freeze_gc(process)
+    freeze()
 
 
 def leave(server_args: Any, error: StartupError) -> NoReturn:

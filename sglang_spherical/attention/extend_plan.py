@@ -36,7 +36,7 @@ class ExtendPlan:
     ) -> None:
         self.pool, self.req_to_token, self.slots = pool, req_to_token, slots
         self.prefixes, self.lengths = list(prefixes), list(lengths)
-        self._group = 0  # query heads per KV head, once a layer has shown them
+        self._of: tuple[int, torch.dtype] | None = None  # what it is prepared for
         self._first_layer = 0
         self._entries: tuple[torch.Tensor, ...] = ()
 
@@ -45,9 +45,9 @@ class ExtendPlan:
     ) -> torch.Tensor:
         """q [tokens, q_heads, d], k and v [tokens, kv_heads, d] -> out like q, until the next
         layer's."""
-        group = q.shape[1] // k.shape[1]
-        if group != self._group:
-            self.prepare(group, q.dtype)
+        of = q.shape[1] // k.shape[1], q.dtype
+        if of != self._of:
+            self.prepare(*of)
         out, _ = run_extend(
             self.tables, q, k, v, self._words, self.entries_of(layer), self._levels[layer],
             self.pool.layer_frames[layer], scale, self.workspace,
@@ -58,7 +58,7 @@ class ExtendPlan:
         """Works out the tables, for `group` query heads of `dtype` per KV head. What a layer would
         otherwise make of a tensor, 2 us each time, is made for all of them."""
         layout, arena = self.pool.layout, self.pool.arena
-        self._group, self._entries = group, ()
+        self._of, self._entries = (group, dtype), ()
         self._words, self._levels = arena.bytes.view(torch.int32), arena.kind_levels.unbind()
         tuning = tuning_for(layout.head_dim, layout.page_size, arena.device)
         self.tables = build_tables(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from triton.runtime.errors import OutOfResources
 
 from sglang_spherical.attention.backend import SphericalAttnBackend
 from sglang_spherical.errors import StartupError
@@ -48,7 +49,14 @@ def build_backend(model_runner: Any) -> SphericalAttnBackend:
             "every layer: use --kv-format dense"
         )
     backend = KernelAttnBackend(model_runner, q_heads.pop())
-    compile_kernels(pool, backend.req_to_token, backend.q_heads, model_runner.dtype)
+    try:
+        compile_kernels(pool, backend.req_to_token, backend.q_heads, model_runner.dtype)
+    except OutOfResources as error:
+        raise StartupError(
+            f"heads of dimension {pool.layout.head_dim}: the GPU kernels of --kv-format spherical "
+            f"need more than {torch.cuda.get_device_name(pool.arena.device)} has ({error}): use "
+            "--device cpu, or --kv-format dense"
+        ) from error
     return backend
 
 

@@ -100,7 +100,8 @@ class KernelAttnBackend(SphericalAttnBackend):
         save_kv_cache: bool = True,
         **_: Any,
     ) -> torch.Tensor:
-        """q [tokens, q_heads * d], k and v [tokens, kv_heads, d] -> [tokens, q_heads * d]."""
+        """q [tokens, q_heads * d], k and v [tokens, kv_heads, d] -> [tokens, q_heads * d], until
+        the next layer's call overwrites it."""
         heads, d = layer.tp_k_head_num, layer.head_dim
         k, v = k.view(-1, heads, d), v.view(-1, heads, d)
         queries = q.view(len(k), -1, d)

@@ -265,6 +265,8 @@ class SphericalRadixCache(RadixCache):
         """The prefix that ends in `node` is to have its budget. Not now, when an answer waits to be
         sent, but behind a forward pass, together with what else there is by then."""
         if self.budget and self._may_settle():
+            if not self.unsettled:
+                self.waited = 0
             self.unsettled.pop(node, None)
             self.unsettled = {node: self._recent_page(length)} | self.unsettled
 
@@ -280,8 +282,6 @@ class SphericalRadixCache(RadixCache):
         surplus = math.ceil((self._used() - self.high_watermark) * self.allocator.size)
         if surplus > 0 and self.left:
             execute(self, self._relieve(surplus, drops=False, most_pages=self.left))
-        if not self.unsettled:
-            self.waited = 0
 
     def _budgets(self) -> Iterator[Operation]:
         """What gives waiting prefixes their budgets, as far as there are pages `left`. Prefixes
@@ -315,8 +315,12 @@ class SphericalRadixCache(RadixCache):
         """Frees at least `num_tokens` hot-token equivalents, where unlocked nodes hold so many."""
         if self.disable:
             return EvictResult()
-        start = time.perf_counter()
-        gained = execute(self, self._relieve(params.num_tokens))
+        start, gained = time.perf_counter(), 0
+        if self.unsettled and self._may_settle():  # what is due anyway costs nobody anything
+            self.left = self.settle_pages
+            gained = execute(self, self._budgets())
+        if gained < params.num_tokens:
+            gained += execute(self, self._relieve(params.num_tokens - gained))
         self.update_eviction_metrics(gained, start)
         return EvictResult(num_tokens_evicted=gained)
 

@@ -72,8 +72,8 @@ def test_metrics_and_the_live_view(repo_root, tiny_model):
     assert sum(now.pages.values()) == 4 * 9 - dropped
     assert now.retention["settle"][0] > before.retention["settle"][0]
     assert "of 2,048 hot-token equivalents" in view and "hot → warm" in view
-    for process in ("Scheduler", "Tokenizer Manager"):
-        assert log.count(f"Freezing GC in {process} process") == 1
+    for process in ("Scheduler", "Detokenizer Manager", "Tokenizer Manager"):
+        assert log.count(f"Freezing GC in {process} process") == 1, process
 
 
 def run_top(url):

@@ -6,17 +6,23 @@ import gc
 import inspect
 import pkgutil
 import weakref
+from functools import partial
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from seam_tools import load_plugin, parse, write_model
+from sglang.srt.layers.radix_attention import RadixAttention
+from triton.runtime.errors import OutOfResources
 
 from sglang_spherical import engagement
+from sglang_spherical.attention import compile_ahead, kernel_backend
 from sglang_spherical.attention import factory as attention
 from sglang_spherical.config import SphericalConfig
 from sglang_spherical.engagement import Parts, check_parts
 from sglang_spherical.errors import EXIT_CODE, StartupError
+from sglang_spherical.pool.kv_pool import SphericalKVPool
 from spherical_patches import kv_pool, startup
 from spherical_patches.ledger import PATCHES, Patch
 
@@ -248,13 +254,24 @@ def thawed():
 def test_what_a_worker_starts_with_is_not_collected_again(monkeypatch):
     monkeypatch.setattr(engagement, "verify", lambda scheduler: None)
     load_plugin()
+    from sglang.srt.managers.io_struct import FreezeGCReq
+    from sglang.srt.managers.scheduler import Scheduler
+
     rubbish = Rubbish()
     rubbish.itself = rubbish
     gone = weakref.finalize(rubbish, lambda: None)
     del rubbish
-    startup.build_scheduler(lambda *args: None, "self", _arguments(), "ports")
+    told = []
+    scheduler = SimpleNamespace(
+        ipc_channels=SimpleNamespace(
+            send_to_detokenizer=SimpleNamespace(send_output=lambda *args: told.append(args))
+        )
+    )
+    scheduler.handle_freeze_gc = partial(Scheduler.handle_freeze_gc, scheduler)
+    startup.build_scheduler(lambda *args: None, scheduler, _arguments(), "ports")
     assert not gone.alive
     assert gc.get_freeze_count() > 10_000
+    assert [type(request) for request in told[0]] == [FreezeGCReq] * 2, "the detokenizer too"
 
 
 @pytest.mark.usefixtures("thawed")
@@ -286,3 +303,24 @@ def test_what_the_kernels_cannot_read_is_refused_on_a_gpu(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     with pytest.raises(StartupError, match=message):
         attention._check_gpu(torch.device("cuda"), head_dim, page_size)
+
+
+def test_a_gpu_with_too_little_for_the_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_kernels(*_: object) -> None:
+        raise OutOfResources(197664, 166912, "shared memory")
+
+    gpu = torch.device("cuda", 0)
+    pool = object.__new__(SphericalKVPool)
+    pool.arena = SimpleNamespace(device=gpu, layout=SimpleNamespace(head_dim=256, page_size=64))
+    monkeypatch.setattr(attention, "_check_gpu", lambda *_: None)
+    monkeypatch.setattr(compile_ahead, "compile_kernels", compile_kernels)
+    monkeypatch.setattr(kernel_backend, "KernelAttnBackend", lambda *_: MagicMock())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(attention, "_check_layer", lambda *_: None)
+    layer = MagicMock(spec=RadixAttention, tp_q_head_num=8)
+    model = SimpleNamespace(named_modules=lambda: [("layer", layer)])
+    runner = SimpleNamespace(token_to_kv_pool=pool, model=model, dtype=torch.bfloat16)
+    with pytest.raises(
+        StartupError, match=r"dimension 256: .* than a GPU has .*197664.*--device cpu"
+    ):
+        attention.build_backend(runner)

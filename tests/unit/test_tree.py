@@ -340,7 +340,7 @@ def test_no_prefix_waits_where_memory_is_short() -> None:
 def test_what_does_not_fit_behind_one_pass_goes_on_behind_the_next() -> None:
     cache = Cache(recent=0, pages=30, settle_pages=1, patience=2)
     ready_frames_like_content(cache)
-    cache.serve(pages_of(0, 1, 2, 0))  # the first pass that it waits for is its own prefill's end
+    cache.serve(pages_of(0, 1, 2, 0))  # with the first pass that it waits for
     for done in (0, 1, 2, 3):
         assert cache.levels(pages_of(0, 1, 2, 0)) == [0, *[WARM] * done, *[0] * (3 - done)]
         cache.tree.forward_launched()
@@ -499,9 +499,24 @@ def test_everything_can_be_evicted_at_once(cache: Cache) -> None:
 def test_locked_pages_are_not_evicted(cache: Cache) -> None:
     req = cache.start(pages_of(*LONG))
     assert cache.prefill(req, MAX_TOKENS)
+    cache.tree.forward_launched()
     before = cache.levels(pages_of(*LONG))
     assert cache.tree.evict(EvictParams(10**9)).num_tokens_evicted == 0
     assert cache.levels(pages_of(*LONG)) == before
+    cache.check()
+
+
+def test_what_is_due_is_lowered_before_anything_is_dropped() -> None:
+    cache = Cache(pages=16, recent=0, patience=100)
+    ready_frames_like_content(cache)
+    cache.serve(pages_of(1, 1))
+    req = cache.start(pages_of(*LONG))
+    assert cache.prefill(req, MAX_TOKENS)
+    assert cache.levels(pages_of(*LONG)) == [0] * 8
+    need = 3 * PAGE  # more than the other prefix has
+    assert cache.tree.evict(EvictParams(need)).num_tokens_evicted >= need
+    assert cache.levels(pages_of(*LONG)) == [0, *[WARM] * 7], "although a request holds them"
+    assert cache.levels(pages_of(1, 1)) == [0, WARM]
     cache.check()
 
 

@@ -175,6 +175,7 @@ def finish_rows(
     whole = peak + tl.log2(tl.exp2(prefix - peak) + tl.exp2(new - peak))
     out *= tl.exp2(prefix - whole)[:, None]
     out += dense.to(tl.float32) * tl.exp2(new - whole)[:, None]
+    tl.debug_barrier()  # other warps may still be about to read what is overwritten now
     tl.store(Out + at[:, None] * D + column[None, :], out.to(Out.dtype.element_ty), mask=inside)
     tl.store(Lse + at, whole, mask=known)
 
