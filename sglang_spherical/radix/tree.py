@@ -267,7 +267,8 @@ class SphericalRadixCache(RadixCache):
         if self.budget and self._may_settle():
             if not self.unsettled:
                 self.waited = 0
-            self.unsettled.pop(node, None)
+            for settled_with_it in self._path(node):
+                self.unsettled.pop(settled_with_it, None)
             self.unsettled = {node: self._recent_page(length)} | self.unsettled
 
     def _may_settle(self) -> bool:

@@ -326,6 +326,22 @@ def test_prefixes_wait_for_company_while_memory_is_ample() -> None:
     cache.check()
 
 
+def test_a_prompt_waits_as_part_of_its_answer() -> None:
+    cache = Cache(recent=0, pages=20, patience=100)
+    ready_frames_like_content(cache)
+    req = cache.start(pages_of(0, 1))
+    assert cache.prefill(req, MAX_TOKENS)
+    assert len(cache.tree.unsettled) == 1
+    for token in pages_of(2):
+        assert cache.decode(req, token)
+    cache.finish(req)
+    assert len(cache.tree.unsettled) == 1
+    cache.tree.idle()
+    assert cache.levels(pages_of(0, 1, 2)) == [0, WARM, WARM]
+    assert not cache.tree.unsettled
+    cache.check()
+
+
 def test_no_prefix_waits_where_memory_is_short() -> None:
     cache = Cache(recent=0, pages=5, patience=100)
     ready_frames_like_content(cache)

@@ -201,11 +201,15 @@ class Serving(RuleBasedStateMachine):
     def evict(self, tokens: int) -> None:
         cache = self.cache
         free, evictable = cache.allocator.available_size(), cache.tree.evictable_size()
+        protected = cache.tree.protected_size()
         result = cache.tree.evict(EvictParams(tokens))
         gained = cache.allocator.available_size() - free
         assert gained >= min(tokens, evictable)
         assert result.num_tokens_evicted == gained
-        assert cache.tree.evictable_size() == evictable - gained
+        # what was due is lowered first, although a request may hold it
+        settled = protected - cache.tree.protected_size()
+        assert settled >= 0
+        assert cache.tree.evictable_size() == evictable - (gained - settled)
         self.after_eviction()
 
     def after_eviction(self) -> None:
