@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from client import generate, generate_together, save
+from client import generate, generate_together, keep_garbage_out, save
 
 from sglang_spherical.banner import Banner
 from sglang_spherical.server import Server, ServerFailed, launch
@@ -114,7 +114,9 @@ def run(
     with launch(model, args=flags, log=log) as server:
         ready_s = time.monotonic() - started
         banner: Banner | None = server.banner()
-        if name == "spherical" and banner is None:
+        if name != "spherical":
+            keep_garbage_out(server.url)
+        elif banner is None:
             raise ServerFailed("the log lacks the line `spherical KV engaged:`: not measured")
         config = json.loads((Path(model) / "config.json").read_text())
         result: dict[str, Any] = {"ready_s": ready_s, "capacity": capacity(server)}
