@@ -83,7 +83,7 @@ def compiling(threads: int) -> Iterator[None]:
     and ready when the block ends.
 
     Ready is what Triton leaves to the first launch, too: the module on the device, and a launcher
-    for such parameters, which a C compiler takes 0.4 s to build where Triton's cache has none.
+    for such parameters, which takes a C compiler half a second where Triton's cache has none.
     """
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
     with ThreadPoolExecutor(threads, initializer=_work_on, initargs=(device,)) as executor:

@@ -48,8 +48,8 @@ SETTLE_BYTES = 160 << 20
 less than a millisecond of an H200's, at the rate at which it does seven times as many."""
 
 PATIENCE = 16
-"""Forward passes for which a prefix may wait for others to be settled with: a call takes the host
-about as long, a millisecond, for one as for all of them."""
+"""Forward passes for which a prefix may wait for others to be settled with: one call takes the host
+less time than a call for each (docs/retention.md)."""
 
 AMPLE = 0.2
 """Free fraction of memory from which on there is no hurry."""

@@ -231,13 +231,12 @@ def run_extend(
         q = q.contiguous()
     if k.stride()[1:] != (d, 1) or v.stride() != k.stride():
         k, v = k.contiguous(), v.contiguous()
-    work = workspace
-    attend_new_tokens(tables, q, k, v, scale, work.out, work.lse)
+    attend_new_tokens(tables, q, k, v, scale, workspace.out, workspace.lse)
     if tables.items.shape[0]:
-        _frame(q, frames, scale, work)
-        _attend_prefix(tables, words, entries, levels, work)
-        _finish(tables, frames, work)
-    return work.out, work.lse
+        _frame(q, frames, scale, workspace)
+        _attend_prefix(tables, words, entries, levels, workspace)
+        _finish(tables, frames, workspace)
+    return workspace.out, workspace.lse
 
 
 def _frame(q: torch.Tensor, frames: LayerFrames, scale: float, work: ExtendWorkspace) -> None:
